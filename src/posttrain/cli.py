@@ -1,0 +1,302 @@
+"""The ``posttrain`` command: each command is a function over public ones; a fault of usage is one line.
+
+Exit status: 0 done, 1 disk full or out of memory, 2 a name or value that can't be used, 130 Ctrl-C, 143 SIGTERM.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import shlex
+import shutil
+import sys
+import typing
+from collections.abc import Callable, Mapping
+from json import dumps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import posttrain
+from posttrain.arguments import convert, flag, flags, keyword_options, split, type_name
+from posttrain.errors import ConfigError, PosttrainError, suggest
+from posttrain.registry import RECIPES
+
+if TYPE_CHECKING:
+    from posttrain.stages import Recipe
+
+RUNS = Path("runs")
+
+
+# ---------------------------------------------------------------------------- commands
+
+
+def run(
+    recipe: str,
+    /,
+    *,
+    name: str | None = None,
+    seed: int = 0,
+    until: str | None = None,
+    dry_run: bool = False,
+    tiny: bool = False,
+    **more: str | None,
+) -> None:
+    """Run a recipe, or go on with a run that was cut off; finished stages are skipped.
+
+    --name NAME         name of the run, a directory under runs/ (default: the recipe's)
+    --seed N            seed of every random draw (default: 0)
+    --until STAGE       stop after this stage
+    --dry-run           print the stages with forecasts of time and memory; compute nothing
+    --tiny              run every stage at the size of the small world
+    --STAGE.FIELD V     change a field of a stage, e.g. --sft.epochs 2; `run RECIPE --help` lists them
+    """
+    from rich.console import Console
+
+    from posttrain import runner
+
+    chosen, console = build_recipe(recipe, more), Console()
+    if dry_run:
+        runner.dry_run(chosen, until=until, console=console, tiny=tiny)
+        return
+    again = command_line()
+    runner.run_recipe(
+        chosen, root=RUNS, name=name, until=until, console=console, seed=seed, tiny=tiny, command=again
+    )
+
+
+def show(run: str, /) -> None:
+    """Print what a run measured; RUN is its name or its directory."""
+    from rich.console import Console
+
+    from posttrain.evals.report import show_run
+
+    show_run(find_run(run), Console())
+
+
+def chat(run: str, /) -> None:
+    """Talk to the model a run trained; RUN is its name or its directory."""
+    from rich.console import Console
+
+    from posttrain.feedback.chat import chat as talk
+
+    talk(find_run(run), Console())
+
+
+def doctor(*, json: bool = False) -> None:
+    """Print versions, processor, measured speed, memory, disk, accelerators, and what is missing.
+
+    --json              print it as JSON
+    """
+    from rich.console import Console
+
+    from posttrain.doctor import examine, print_report
+
+    found = examine()
+    if json:
+        print(dumps(found, indent=2))
+    else:
+        print_report(found, Console())
+
+
+def list_recipes() -> None:
+    """List the recipes."""
+    width = max(map(len, RECIPES), default=0)
+    for name in sorted(RECIPES):
+        try:
+            about = (inspect.getdoc(RECIPES[name]) or "").partition("\n")[0]
+        except ConfigError as error:  # one recipe that can't be imported must not hide the others
+            about = f"(can't be used: {error})"
+        print(f"{name:<{width}}  {about}")
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "run": run,
+    "show": show,
+    "chat": chat,
+    "doctor": doctor,
+    "list": list_recipes,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return the exit status (a run that was stopped raises its own, `Stopped`)."""
+    try:
+        dispatch(sys.argv[1:] if argv is None else argv)
+    except PosttrainError as error:
+        print(f"posttrain: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("posttrain: stopped by Ctrl-C", file=sys.stderr)
+        return 130
+    return 0
+
+
+def dispatch(args: list[str]) -> None:
+    """Find the command in the arguments and call it."""
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(overview())
+    elif args[0] == "--version":
+        print(f"posttrain {posttrain.__version__}")
+    elif args[0] not in COMMANDS:
+        kind = "option" if args[0].startswith("-") else "command"
+        raise ConfigError(
+            f"unknown {kind} '{args[0]}'; {suggest(args[0], [*COMMANDS, '--help', '--version'])}"
+        )
+    elif "-h" in args or "--help" in args:
+        print(usage(args[0], [arg for arg in args[1:] if arg not in ("-h", "--help")]))
+    else:
+        call(args[0], args[1:])
+
+
+# ---------------------------------------------------------------------------- recipes
+
+
+def build_recipe(name: str, more: Mapping[str, str | None]) -> Recipe:
+    """Call a recipe with its options and apply ``STAGE.FIELD`` overrides, both given as text."""
+    from posttrain.graph import override
+    from posttrain.stages import Recipe
+
+    options = recipe_options(name)
+    given = {key: value for key, value in more.items() if key in options}
+    for key, option in options.items():
+        if option.default is option.empty and key not in given:
+            raise ConfigError(f"recipe '{name}' needs {flag(key)} {type_name(option.annotation).upper()}")
+    recipe = RECIPES[name](
+        **{key: convert(value, options[key].annotation, key) for key, value in given.items()}
+    )
+    if not isinstance(recipe, Recipe):
+        raise ConfigError(
+            f"'{name}' returned a {type(recipe).__name__}; a recipe is a function that returns a Recipe"
+        )
+    changes: dict[str, dict[str, Any]] = {}
+    for key, value in more.items():
+        stage, dot, field = key.partition(".")
+        if dot:
+            changes.setdefault(stage, {})[field] = convert(value, field_type(recipe, stage, field), key)
+        elif key not in options:
+            owners = [
+                other
+                for other, item in recipe.stages.items()
+                if key in {f.name for f in dataclasses.fields(item)}
+            ]
+            known = [flag(other) for other in (*options, *keyword_options(run))]
+            hint = f"did you mean '--{owners[0]}.{key}'?" if owners else suggest(flag(key), known)
+            raise ConfigError(f"unknown option '{flag(key)}' of recipe '{name}'; {hint}")
+    return override(recipe, changes)
+
+
+def recipe_options(name: str) -> dict[str, inspect.Parameter]:
+    """Return the parameters of a recipe function; each is an option."""
+    if ":" in name and "" not in sys.path:
+        sys.path.insert(
+            0, ""
+        )  # module:function is looked for where the command is typed, as `python -m` does
+    options = inspect.signature(RECIPES[name], eval_str=True).parameters
+    for key in keyword_options(run):
+        if key in options:
+            raise ConfigError(
+                f"recipe '{name}' has a parameter '{key}', an option of `posttrain run`; rename it"
+            )
+    return dict(options)
+
+
+def field_type(recipe: Recipe, stage: str, field: str) -> Any:
+    """Return the annotation of a stage's field."""
+    if stage not in recipe.stages:
+        raise ConfigError(f"unknown stage '{stage}' in '--{stage}.{field}'; {suggest(stage, recipe.stages)}")
+    names = [item.name for item in dataclasses.fields(recipe.stages[stage])]
+    if field not in names:
+        raise ConfigError(f"stage '{stage}' has no field '{field}'; {suggest(field, names)}")
+    return typing.get_type_hints(type(recipe.stages[stage]))[field]
+
+
+def find_run(run: str) -> Path:
+    """Return a run's directory, given by its path or its name under ``runs/``."""
+    for path in (Path(run), RUNS / run):
+        if (path / "run.json").exists():
+            return path
+    known = [path.parent.name for path in RUNS.glob("*/run.json")]
+    raise ConfigError(
+        f"no run '{run}' (a name under {RUNS}/ or a directory with run.json); {suggest(run, known)}"
+    )
+
+
+def command_line() -> str:
+    """Return the command as it was typed, so that repeating it continues the run."""
+    program = sys.argv[0]
+    if Path(program).name != "posttrain":
+        return shlex.join(["python", "-m", "posttrain.cli", *sys.argv[1:]])
+    found = shutil.which("posttrain")
+    same = found is not None and Path(found).resolve() == Path(program).resolve()
+    return shlex.join(["posttrain" if same else program, *sys.argv[1:]])
+
+
+# ---------------------------------------------------------------------------- arguments
+
+
+def call(command: str, args: list[str]) -> None:
+    """Call a command: its positional arguments, its options, and others if it takes any."""
+    function = COMMANDS[command]
+    parameters = inspect.signature(function, eval_str=True).parameters
+    wanted = [key for key, item in parameters.items() if item.kind is item.POSITIONAL_ONLY]
+    options = keyword_options(function)
+    positional, given = split(args, flags(function))
+    open_ended = any(item.kind is item.VAR_KEYWORD for item in parameters.values())
+    unknown = [key for key in given if key not in options]
+    if unknown and (len(positional) < len(wanted) or not open_ended):
+        hint = suggest(flag(unknown[0]), map(flag, options))
+        raise ConfigError(f"unknown option '{flag(unknown[0])}' of `posttrain {command}`; {hint}")
+    if len(positional) < len(wanted):
+        missing = wanted[len(positional)]
+        known = f"; {suggest('', RECIPES)}" if missing == "recipe" else ""
+        raise ConfigError(
+            f"`posttrain {command}` needs a {missing}: posttrain {command} {missing.upper()}{known}"
+        )
+    if len(positional) > len(wanted):
+        raise ConfigError(
+            f"unexpected '{positional[len(wanted)]}'; options start with --, see posttrain {command} --help"
+        )
+    typed = {key: convert(given[key], options[key].annotation, key) for key in given if key in options}
+    function(*positional, **typed, **{key: given[key] for key in unknown})
+
+
+# ---------------------------------------------------------------------------- help
+
+
+def overview() -> str:
+    """Return the help of the whole command."""
+    lines = [
+        f"  {name:<8} {(inspect.getdoc(item) or '').partition(chr(10))[0]}" for name, item in COMMANDS.items()
+    ]
+    about = (posttrain.__doc__ or "").partition("\n")[0]
+    return "\n".join(["usage: posttrain COMMAND [ARGUMENTS] [--help] [--version]", "", about, "", *lines])
+
+
+def usage(command: str, args: list[str]) -> str:
+    """Return the help of one command; of ``run RECIPE`` also the recipe's options and its stages' fields."""
+    function = COMMANDS[command]
+    positional, _ = split(args, flags(function))
+    parameters = inspect.signature(function).parameters
+    names = [key.upper() for key, item in parameters.items() if item.kind is item.POSITIONAL_ONLY]
+    lines = [" ".join(["usage: posttrain", command, *names, "[OPTIONS]"]), "", inspect.getdoc(function) or ""]
+    if command == "run" and positional:
+        options = recipe_options(positional[0])
+        lines += ["", f"options of {positional[0]}:"]
+        lines += [
+            f"  {flag(key)} {type_name(item.annotation)} (now {item.default!r})"
+            for key, item in options.items()
+        ]
+        needed = any(item.default is item.empty for item in options.values())
+        stages = {} if needed else build_recipe(positional[0], {}).stages
+        for name, stage in stages.items():
+            hints = typing.get_type_hints(type(stage))
+            lines += ["", f"stage {name} ({type(stage).__name__}):"]
+            for field in dataclasses.fields(stage):
+                value = getattr(stage, field.name)
+                shown = type(value).__name__ if dataclasses.is_dataclass(value) else repr(value)
+                lines.append(f"  --{name}.{field.name} {type_name(hints[field.name])} (now {shown})")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""Errors: each says what was got, what was expected and what to do, and is also its standard-library kind."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PosttrainError(Exception):
+    """Root of every error the library raises on purpose; the command line prints it as one line and exits with 2."""
+
+
+class ConfigError(PosttrainError, ValueError):
+    """An option, recipe, model or name that can't be used as given."""
+
+
+class DataError(PosttrainError, ValueError):
+    """A fault in a data file; the message names file, row and field."""
+
+    @classmethod
+    def at(cls, file: object, row: int, field: str, problem: str, remedy: str) -> DataError:
+        """Build the standard message ``FILE row R, field F: PROBLEM; REMEDY`` (rows count from 1, blank lines included)."""
+        return cls(f"{file} row {row}, field '{field}': {problem}; {remedy}")
+
+
+class ModelError(PosttrainError, RuntimeError):
+    """A model, tokenizer or checkpoint that can't be used as asked."""
+
+
+class CheckError(PosttrainError, RuntimeError):
+    """A self-check that failed before or during training."""
+
+
+class RewardError(PosttrainError, RuntimeError):
+    """A reward that answered with something that can't be a score."""
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Return `` Did you mean 'x'?`` for the closest known name, else the list of known names."""
+    options = sorted(known)
+    close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(options) or 'none'}"

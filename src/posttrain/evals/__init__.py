@@ -1,0 +1,1 @@
+"""What training did: reward-model accuracy, policies side by side, intervals, tables, curves, report."""

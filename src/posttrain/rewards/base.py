@@ -1,0 +1,85 @@
+"""The reward protocol: it sees all responses of a step, so that a pairwise judge has the same type as a function of one text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from posttrain.errors import RewardError
+from posttrain.types import Example
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """One sampled response, as text for functions and judges and as ids for models.
+
+    ``group`` is the index of its prompt in the step; ``truncated`` = ended by length.
+    """
+
+    example: Example
+    text: str
+    prompt_ids: tuple[int, ...]
+    ids: tuple[int, ...]
+    truncated: bool
+    group: int
+
+
+@dataclass(frozen=True)
+class Score:
+    """A response's reward, None = the reward abstains; ``parts`` are logged beside it."""
+
+    value: float | None
+    parts: Mapping[str, float] = field(default_factory=dict[str, float])
+
+
+class Reward(Protocol):
+    """Scores completions, one score each, in their order."""
+
+    def __call__(self, completions: Sequence[Completion]) -> list[Score]:
+        """Return as many scores as completions."""
+        ...
+
+
+def from_function(function: Callable[[str, str], float], name: str = "function") -> Reward:
+    """Make a reward of ``f(prompt text, completion text) -> float``.
+
+    Raises (when called):
+        RewardError: the function returned something that is not a finite number.
+    """
+
+    def reward(completions: Sequence[Completion]) -> list[Score]:
+        scores: list[Score] = []
+        for c in completions:
+            value = function(c.example.prompt[-1].content, c.text)
+            if not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise RewardError(f"reward '{name}' returned {value!r} for {c.text[:80]!r}; expected a finite number")
+            scores.append(Score(float(value), {name: float(value)}))
+        return scores
+
+    return reward
+
+
+def weighted_sum(rewards: Mapping[str, tuple[float, Reward]]) -> Reward:
+    """``sum of weight * reward``, by name; abstains where any part does, and logs every part.
+
+    Raises (when called):
+        RewardError: a part returned another number of scores than it was given completions.
+    """
+
+    def reward(completions: Sequence[Completion]) -> list[Score]:
+        columns: dict[str, list[Score]] = {}
+        for name, (_, part) in rewards.items():
+            columns[name] = part(completions)
+            if len(columns[name]) != len(completions):
+                raise RewardError(f"reward '{name}' gave {len(columns[name])} scores, expected {len(completions)}")
+        out: list[Score] = []
+        for i in range(len(completions)):
+            values = {name: column[i].value for name, column in columns.items()}
+            known = {name: v for name, v in values.items() if v is not None}
+            total = sum(rewards[name][0] * v for name, v in known.items()) if len(known) == len(values) else None
+            out.append(Score(total, known))
+        return out
+
+    return reward

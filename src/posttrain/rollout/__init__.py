@@ -1,0 +1,1 @@
+"""Sampling from a policy: the engine protocol and the in-process engine."""

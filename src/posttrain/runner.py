@@ -1,0 +1,365 @@
+"""Run a recipe's stages in order: skip what is finished, continue what was cut off, say what happens and why.
+
+A run is a directory ``runs/NAME`` with ``run.json`` and one directory a stage. A stage's ``stage.json`` is
+written before it starts and its ``done.json`` after everything else, both atomically; both carry the stage's
+key, a hash of all that decides its result. A finished stage is one whose ``done.json`` has the present key.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from posttrain import doctor
+from posttrain.errors import ConfigError
+from posttrain.graph import (
+    Decision,
+    decide,
+    describe,
+    ordered,
+    read_json,
+    stage_config,
+    stage_inputs,
+    until_stage,
+)
+from posttrain.stages import Context, Recipe, Stage
+
+EFFICIENCY = 0.5
+"""Share of the measured matrix-product speed that training reaches, for forecasts."""
+
+
+class Stopped(SystemExit):
+    """A run that ended early but can go on: ``code`` is the exit status, ``line`` what was printed.
+
+    A SystemExit, so that ``except Exception`` can't swallow Ctrl-C and a script ends with the right status.
+    """
+
+    def __init__(self, line: str, code: int) -> None:
+        super().__init__(code)
+        self.line = line
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, raised where Ctrl-C would be, so that whatever cleans up after one does after the other."""
+
+
+def run_recipe(
+    recipe: Recipe,
+    *,
+    root: Path = Path("runs"),
+    name: str | None = None,
+    until: str | None = None,
+    console: Console | None = None,
+    seed: int = 0,
+    tiny: bool = False,
+    command: str = "",
+) -> Path:
+    """Run a recipe's stages in ``root/name`` and return that directory; finished stages are skipped.
+
+    Args:
+        recipe: the stages.
+        root: where runs are kept.
+        name: of the run; the recipe's name if None, with ``-tiny`` if ``tiny``.
+        until: the last stage to run; all if None.
+        console: where progress is printed.
+        seed: of every random draw.
+        tiny: whether stages run at the size of the small world.
+        command: what continues this run, for messages and ``run.json``; this process's own if empty.
+
+    Raises:
+        ConfigError: a graph, name or data file that can't be used, or another process works on the run.
+        Stopped: Ctrl-C (130), SIGTERM (143), full disk or out of memory (1); a line says how to go on.
+    """
+    console = console or Console()
+    command = command or shlex.join([Path(sys.executable).name, *sys.argv])
+    stages = until_stage(ordered(recipe), until)
+    described = describe(stages, seed=seed, tiny=tiny)
+    directory = run_directory(root, name or recipe.name + ("-tiny" if tiny else ""))
+    for stage_name, stage in stages.items():  # before anything is written or computed
+        if decide(directory / stage_name, described[stage_name]).what != "skip":
+            getattr(stage, "check", lambda: None)()
+    directory.mkdir(parents=True, exist_ok=True)
+    with _locked(directory, console), _sigterm_interrupts():
+        decisions = {stage: decide(directory / stage, described[stage]) for stage in stages}
+        place = str(directory)
+        try:
+            _announce_clearing(console, directory, decisions)
+            write_json(directory / "run.json", manifest(directory, recipe, command, seed, tiny))
+            for number, (stage_name, stage) in enumerate(stages.items(), 1):
+                place = f"stage '{stage_name}' of {directory}"
+                what, why = decisions[stage_name]
+                head = f"[{number}/{len(stages)}] {stage_name}"
+                say(console, f"{head}: {_PROGRESS[what].format(why)}")
+                if what != "skip":
+                    inputs = {
+                        field: directory / other for field, other in described[stage_name]["inputs"].items()
+                    }
+                    ctx = Context(
+                        dir=directory / stage_name, inputs=inputs, console=console, seed=seed, tiny=tiny
+                    )
+                    seconds = _run_stage(stage, ctx, described[stage_name], clear=what == "clear")
+                    say(console, f"{head}: done in {duration(seconds)}")
+        except BaseException as error:
+            stopped = _explain(console, error, place, command)
+            if stopped is None:
+                raise
+            raise stopped from error
+    return directory
+
+
+_PROGRESS = {
+    "start": "starts",
+    "clear": "cleared, starts again",
+    "continue": "was cut off, continues from its last checkpoint",
+    "skip": "finished earlier in {}, skipped",
+}
+
+
+def _run_stage(stage: Stage, ctx: Context, described: Mapping[str, Any], *, clear: bool) -> float:
+    """Run one stage between ``stage.json`` and ``done.json``; return its seconds over all attempts."""
+    trash = ctx.dir.with_name(f".cleared-{ctx.dir.name}")
+    if trash.exists():
+        shutil.rmtree(trash)
+    if clear:
+        ctx.dir.rename(trash)  # at once: a deletion cut off half-way would leave a directory nobody can read
+        shutil.rmtree(trash)
+    ctx.dir.mkdir(exist_ok=True)
+    earlier = (read_json(ctx.dir / "stage.json") or {}).get("seconds", 0.0)
+    write_json(ctx.dir / "stage.json", {**described, "seconds": earlier})
+    began = time.monotonic()
+    try:
+        stage.run(ctx)
+    except BaseException:
+        with suppress(OSError):  # the disk may be full, and that is what gets reported
+            write_json(ctx.dir / "stage.json", {**described, "seconds": earlier + time.monotonic() - began})
+        raise
+    seconds = earlier + time.monotonic() - began
+    done = {"key": described["key"], "seconds": seconds, "outputs": _outputs(ctx.dir)}
+    write_json(ctx.dir / "done.json", done)
+    return seconds
+
+
+def _outputs(directory: Path) -> dict[str, int]:
+    """List what a stage wrote, checkpoints left out: path -> bytes."""
+    found = {
+        str(path.relative_to(directory)): path for path in sorted(directory.rglob("*")) if path.is_file()
+    }
+    return {
+        name: path.stat().st_size
+        for name, path in found.items()
+        if not name.startswith("checkpoints" + os.sep) and name != "stage.json"
+    }
+
+
+def manifest(directory: Path, recipe: Recipe, command: str, seed: int, tiny: bool) -> dict[str, Any]:
+    """Build ``run.json``: what was asked for, with which versions, on what."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    names = {id(stage): name for name, stage in recipe.stages.items()}
+    stages = {
+        name: {
+            "class": type(stage).__name__,
+            "config": stage_config(stage),
+            "inputs": {field: names[id(other)] for field, other in stage_inputs(stage).items()},
+        }
+        for name, stage in ordered(recipe).items()
+    }
+    return {
+        "name": directory.name,
+        "recipe": recipe.name,
+        "summary": recipe.summary,
+        "command": command,
+        "seed": seed,
+        "tiny": tiny,
+        "stages": stages,
+        "versions": doctor.versions(["torch", "transformers"]),
+        "hardware": doctor.hardware(),
+        "created": (read_json(directory / "run.json") or {}).get("created", now),
+        "updated": now,
+    }
+
+
+# ---------------------------------------------------------------------------- what stops a run
+
+
+def stop_cause(error: BaseException) -> tuple[str, int] | None:
+    """Return why a run stopped and the exit status; None for errors that going on would only repeat."""
+    text = str(error)
+    if isinstance(error, _Terminated):
+        return "stopped by SIGTERM", 143
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped by Ctrl-C", 130
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or "No space left on device" in text:  # safetensors raises an error class of its own
+        return "the disk is full (free some space)", 1
+    out_of_memory = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and out_of_memory):
+        return "out of memory (a lower max_tokens_per_microbatch needs less)", 1
+    return None
+
+
+def _explain(console: Console, error: BaseException, place: str, command: str) -> Stopped | None:
+    """Print one line on what ended the run and how to go on; return what to raise (None: the error)."""
+    kept = "finished stages and the last checkpoint are kept"
+    cause = stop_cause(error)
+    if cause is None:
+        say(console, f"{place} failed; {kept}; once repaired, go on with: {command}")
+        return None
+    line = f"posttrain: {cause[0]} in {place}; {kept}; go on with: {command}"
+    say(console, line)
+    return Stopped(line, cause[1])
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Raise on SIGTERM as Ctrl-C would, in the main thread (elsewhere Python can't)."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
+
+
+@contextmanager
+def _locked(directory: Path, console: Console) -> Iterator[None]:
+    """Hold ``.lock`` in a run's directory; the system lets go of it however the process dies."""
+    with (directory / ".lock").open("a+") as file:
+        file.seek(0)
+        holder = file.read().strip()
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"process {holder} works on {directory}; wait for it, stop it, or choose another --name"
+            ) from error
+        if holder:
+            say(console, f"process {holder} died while it worked on {directory}; taken over")
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
+
+
+# ---------------------------------------------------------------------------- directories
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a crash leaves either the old file or the new one, whole."""
+    partial = path.with_name(path.name + ".tmp")
+    with partial.open("w") as file:
+        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _announce_clearing(console: Console, directory: Path, decisions: Mapping[str, Decision]) -> None:
+    """Say which results this run is about to delete, before it computes anything."""
+    for stage, (what, why) in decisions.items():
+        if what == "clear":
+            keep = "another --name would keep both"
+            say(console, f"{directory / stage} will be cleared and run again: {why} ({keep})")
+
+
+def run_directory(root: Path, name: str) -> Path:
+    """Return ``root/name``; the name must be one directory's."""
+    if not re.fullmatch(r"[\w][\w.+-]*", name):
+        raise ConfigError(f"got the run name '{name}'; expected letters, digits, '.', '_', '+', '-' (no '/')")
+    return Path(root) / name
+
+
+def say(console: Console, text: str) -> None:
+    """Print one line as it is: no markup, no colours, not wrapped."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """Write a duration in seconds, minutes or hours."""
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+# ---------------------------------------------------------------------------- dry run
+
+
+def dry_run(
+    recipe: Recipe, *, until: str | None = None, console: Console | None = None, tiny: bool = False
+) -> None:
+    """Print the stages with forecasts of time and memory; loads no model, reads no data.
+
+    minutes = flops / (`EFFICIENCY` x speed of a matrix product measured here, fp32 on the CPU) / 60
+    """
+    console = console or Console()
+    stages = until_stage(ordered(recipe), until)
+    names = {id(stage): name for name, stage in stages.items()}
+    speed = doctor.matmul_speed("numpy", seconds=0.2)
+    plans = {name: stage.plan() for name, stage in stages.items()}
+    minutes = {name: plan.flops / (EFFICIENCY * speed * 1e9) / 60 for name, plan in plans.items()}
+    table = Table(title=Text(f"{recipe.name}: {recipe.summary}"), title_justify="left")
+    table.add_column("stage")
+    table.add_column("kind")
+    table.add_column("inputs")
+    for column in ("rows", "tokens", "minutes", "GiB"):
+        table.add_column(column, justify="right")
+    for name, stage in stages.items():
+        inputs = ", ".join(names[id(other)] for other in stage_inputs(stage).values())
+        plan = plans[name]
+        cost = (
+            f"{plan.rows:,}",
+            f"{plan.tokens:,}",
+            f"{minutes[name]:.1f}",
+            f"{plan.memory / doctor.GIB:.1f}",
+        )
+        table.add_row(name, type(stage).__name__, inputs or "-", *cost)
+    table.add_section()
+    tokens, peak = (
+        sum(plan.tokens for plan in plans.values()),
+        max((plan.memory for plan in plans.values()), default=0),
+    )
+    table.add_row(
+        "all", "", "", "", f"{tokens:,}", f"{sum(minutes.values()):.1f}", f"{peak / doctor.GIB:.1f}"
+    )
+    console.print(table)
+    for name, plan in plans.items():
+        if plan.note:
+            say(console, f"{name}: {plan.note}")
+    say(
+        console,
+        f"minutes at {EFFICIENCY:.0%} of {speed:.0f} GFLOP/s, a matrix product measured on this CPU in fp32",
+    )
+    if tiny:
+        say(console, "the forecast is for the recipe as written; --tiny computes less")
+    available = doctor.memory()["available"]
+    if available is not None and peak / doctor.GIB > available:
+        say(
+            console,
+            f"warning: needs {peak / doctor.GIB:.1f} GiB, {available:.1f} GiB of memory are available here",
+        )

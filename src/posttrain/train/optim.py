@@ -1,0 +1,122 @@
+"""AdamW with fp32 masters, learning-rate schedules, and gradient clipping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from posttrain.errors import CheckError, ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """How parameters move.
+
+    ``lr`` is the peak for every role, ``role_lr`` overrides it by role; the schedule is a linear warm-up over
+    ``warmup_steps`` from ``1 / warmup_steps`` of the peak, then ``schedule``: "constant", "linear" or "cosine" down to
+    ``floor`` of the peak at the last step. ``clip`` bounds the gradient's norm, role by role.
+    """
+
+    lr: float
+    role_lr: Mapping[str, float] = field(default_factory=dict[str, float])
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    floor: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 1.0
+
+
+def schedule_factor(optim: Optim, step: int, steps: int) -> float:
+    """The share of the peak learning rate at ``step`` (from 0) of ``steps``.
+
+    Raises:
+        ConfigError: an unknown schedule.
+    """
+    if step < optim.warmup_steps:
+        return (step + 1) / optim.warmup_steps
+    done = (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
+    if optim.schedule == "constant":
+        return 1.0
+    if optim.schedule == "linear":
+        return 1 - (1 - optim.floor) * done
+    if optim.schedule == "cosine":
+        return optim.floor + (1 - optim.floor) * 0.5 * (1 + math.cos(math.pi * done))
+    raise ConfigError(f"unknown schedule '{optim.schedule}'; expected constant, linear or cosine")
+
+
+class MasterAdamW:
+    """torch's AdamW on fp32 copies of narrower parameters; fp32 and fp64 parameters are their own masters."""
+
+    def __init__(self, roles: Mapping[str, Mapping[str, nn.Parameter]], optim: Optim) -> None:
+        """Prepare masters and moments for ``roles[role][name]``."""
+        self.roles = {role: dict(named) for role, named in roles.items()}
+        self.optim = optim
+        self.masters: dict[str, dict[str, Tensor]] = {}
+        groups = []
+        for role, named in self.roles.items():
+            self.masters[role] = {
+                n: p.detach().float().clone() if p.dtype in (torch.bfloat16, torch.float16) else p for n, p in named.items()
+            }
+            groups.append({"params": list(self.masters[role].values()), "name": role})
+        self.inner = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
+
+    def step(self, factor: float) -> float:
+        """Clip, update, clear gradients; returns the norm of all gradients before clipping.
+
+        Raises:
+            CheckError: the gradient is not finite; nothing was changed.
+        """
+        norms: list[float] = []
+        for role, named in self.roles.items():
+            masters = list(self.masters[role].values())
+            for parameter, master in zip(named.values(), masters, strict=True):
+                if master is not parameter and parameter.grad is not None:
+                    master.grad = parameter.grad.float()
+            norms.append(float(nn.utils.clip_grad_norm_(masters, self.optim.clip)))
+        total = math.sqrt(sum(n * n for n in norms))
+        if not math.isfinite(total):
+            raise CheckError(f"the gradient's norm is {total} ({dict(zip(self.roles, norms, strict=True))}); weights are unchanged")
+        for group in self.inner.param_groups:
+            group["lr"] = factor * self.optim.role_lr.get(group["name"], self.optim.lr)
+        self.inner.step()
+        self.inner.zero_grad(set_to_none=True)
+        for role, named in self.roles.items():
+            for name, parameter in named.items():
+                master = self.masters[role][name]
+                if master is not parameter:
+                    parameter.data.copy_(master)
+                    parameter.grad = None
+        return total
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Masters and moments by flat name, for a checkpoint."""
+        out: dict[str, Tensor] = {}
+        for role, masters in self.masters.items():
+            for name, master in masters.items():
+                out[f"{role}/master/{name}"] = master.detach()
+                for key, value in self.inner.state.get(master, {}).items():
+                    out[f"{role}/{key}/{name}"] = torch.as_tensor(value)
+        return out
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore masters, moments and the parameters that follow them.
+
+        Raises:
+            CheckError: the checkpoint is of other parameters.
+        """
+        for role, masters in self.masters.items():
+            for name, master in masters.items():
+                key = f"{role}/master/{name}"
+                if key not in tensors or tensors[key].shape != master.shape:
+                    raise CheckError(f"the checkpoint has no '{key}' of shape {tuple(master.shape)}; it is of another model")
+                master.data.copy_(tensors[key])
+                self.roles[role][name].data.copy_(master)
+                state = {k: tensors[f"{role}/{k}/{name}"].clone() for k in ("step", "exp_avg", "exp_avg_sq") if f"{role}/{k}/{name}" in tensors}
+                if state:
+                    self.inner.state[master] = state

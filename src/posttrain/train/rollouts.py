@@ -1,0 +1,246 @@
+"""Batches from the policy itself: sample, score, compare with the reference, estimate advantages, cut into updates."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from posttrain.errors import RewardError
+from posttrain.forest import Batch, Branch, Row, build_forest, split, take
+from posttrain.losses.advantages import gae, token_reward
+from posttrain.models.policy import Model, forward_stats
+from posttrain.ops.masked import masked_mean, segment_sum, to_padded, whiten
+from posttrain.rewards.base import Completion, Reward
+from posttrain.rollout.engine import Engine, Request, Rollout, Sampling
+from posttrain.train.sources import shuffled
+from posttrain.types import Example
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The numbers of a rollout step.
+
+    Attributes:
+        prompts: prompts a rollout.
+        samples: responses a prompt.
+        updates: optimiser steps on each rollout, over equal shares of its prompts.
+        sampling: how responses are drawn.
+        kl: coefficient of the KL penalty in the reward.
+        gamma, lam: discount and GAE's lambda.
+        whiten_rewards: scale token rewards to variance 1 over the rollout, without moving their mean.
+        cut_score: score of a response that ended by length, instead of the reward's; None keeps the reward's.
+        seed: of prompts' order and of draws.
+        max_tokens: the memory knob.
+    """
+
+    prompts: int
+    samples: int
+    updates: int
+    sampling: Sampling
+    kl: float
+    gamma: float = 1.0
+    lam: float = 0.95
+    whiten_rewards: bool = False
+    cut_score: float | None = None
+    seed: int = 0
+    max_tokens: int = 1024
+
+
+@dataclass
+class RolloutSource:
+    """Fresh samples of the policy every ``plan.updates`` steps, with everything a policy-gradient loss reads.
+
+    ``value`` None = no critic: advantages are then returns-to-go. ``on_samples`` receives what ``samples.jsonl`` keeps.
+    """
+
+    plan: Plan
+    examples: Sequence[Example]
+    prompt_ids: Sequence[Sequence[int]]
+    engine: Engine
+    reward: Reward
+    reference: Model
+    value: Model | None
+    decode: Callable[[Sequence[int]], str]
+    on_samples: Callable[[int, list[dict[str, Any]]], None] = lambda step, samples: None
+    _pending: list[Batch] = field(default_factory=list[Batch])
+    _metrics: dict[str, float] = field(default_factory=dict[str, float])
+
+    def __call__(self, step: int) -> Batch:
+        """The batch of an update; samples anew at the first update of each rollout."""
+        if step % self.plan.updates == 0:
+            self._collect(step)
+        return self._pending[step % self.plan.updates]
+
+    def metrics(self, step: int) -> Mapping[str, float]:
+        """What the rollout of this step measured; given once, at its first update."""
+        return self._metrics if step % self.plan.updates == 0 else {}
+
+    def resumable(self, step: int) -> bool:
+        """Between rollouts only."""
+        return step % self.plan.updates == 0
+
+    def state(self) -> Any:
+        """None: prompts and draws follow from the step."""
+        return None
+
+    def load_state(self, state: Any) -> None:
+        """Nothing to restore."""
+
+    def prompt_indices(self, rollout: int) -> list[int]:
+        """The prompts of a rollout: epochs in new orders, cut into runs of ``plan.prompts`` without a gap."""
+        size, first = len(self.examples), rollout * self.plan.prompts
+        orders: dict[int, list[int]] = {}
+        out: list[int] = []
+        for place in range(first, first + self.plan.prompts):
+            epoch, within = divmod(place, size)
+            out.append(orders.setdefault(epoch, shuffled(size, self.plan.seed, epoch))[within])
+        return out
+
+    def _collect(self, step: int) -> None:
+        """Sample, score and cut one rollout."""
+        plan = self.plan
+        indices = self.prompt_indices(step // plan.updates)
+        began = time.perf_counter()
+        rollouts = self._sample(step, indices)
+        sampled = time.perf_counter()
+        completions = [
+            Completion(
+                example=self.examples[indices[i // plan.samples]],
+                text=self.decode(r.ids),
+                prompt_ids=r.request.ids,
+                ids=r.ids,
+                truncated=r.truncated,
+                group=i // plan.samples,
+            )
+            for i, r in enumerate(rollouts)
+        ]
+        scores = self._scores(completions)
+        batch = self._advantages(rollouts, scores)
+        self._metrics |= {
+            "time/generate": sampled - began,
+            "time/score": time.perf_counter() - sampled,
+            "data/epoch": (step // plan.updates + 1) * plan.prompts / len(self.examples),
+        }
+        self._pending = _updates(batch, plan.updates)
+        self.on_samples(step, self._records(completions, scores, batch))
+
+    def _sample(self, step: int, indices: Sequence[int]) -> list[Rollout]:
+        """``samples`` responses of each prompt, in prompt order."""
+        requests: list[Request] = []
+        seen: dict[str, int] = {}
+        for index in indices:
+            name = self.examples[index].prompt_key
+            occurrence = seen[name] = seen.get(name, -1) + 1
+            for sample in range(self.plan.samples):
+                key = (self.plan.seed, step, name, occurrence, sample)
+                requests.append(Request(tuple(self.prompt_ids[index]), key))
+        return self.engine.generate(requests, self.plan.sampling)
+
+    def _scores(self, completions: Sequence[Completion]) -> list[float | None]:
+        """The reward of each response, a cut one's replaced if the plan says so."""
+        scores = self.reward(completions)
+        if len(scores) != len(completions):
+            raise RewardError(f"the reward gave {len(scores)} scores for {len(completions)} responses; expected one each")
+        cut = self.plan.cut_score
+        values = [cut if c.truncated and cut is not None else s.value for c, s in zip(completions, scores, strict=True)]
+        if all(v is None for v in values):
+            raise RewardError("the reward abstained on every response of the rollout; there is nothing to learn from")
+        return values
+
+    def _advantages(self, rollouts: Sequence[Rollout], scores: Sequence[float | None]) -> Batch:
+        """The rollout as one batch with log-probabilities, values, returns and whitened advantages a token.
+
+        Responses without a score are masked out: they enter no mean, no whitening and no loss.
+        """
+        plan = self.plan
+        rows: list[Row] = []
+        for start in range(0, len(rollouts), plan.samples):
+            members = rollouts[start : start + plan.samples]
+            marks = [scores[start + k] is not None for k in range(len(members))]
+            branches = [Branch(r.ids, {"sampled": [m] * len(r.ids)}, r.truncated) for r, m in zip(members, marks, strict=True)]
+            rows.append(Row(members[0].request.ids, branches))
+        forest = build_forest(rows)
+        keep = forest.masks["sampled"]
+        old = torch.tensor([x for r in rollouts for x in r.logp])
+        batch = Batch(forest, {"old_logp": old}, {}, {})
+        ref = self._evaluate(batch, self.reference, "logp")
+        value = self._evaluate(batch, self.value, "value") if self.value is not None else torch.zeros_like(old)
+        size = len(rollouts)
+        score = torch.tensor([0.0 if s is None else s for s in scores])
+        columns = {k: to_padded(x, forest.branch, size)[0] for k, x in {"old": old, "ref": ref, "value": value}.items()}
+        on, real = to_padded(keep, forest.branch, size)
+        reward = token_reward(score, columns["old"], columns["ref"], on, kl=plan.kl)
+        if plan.whiten_rewards:
+            reward = whiten(reward, on, shift=False)
+        advantage, returns = gae(reward, columns["value"], on, gamma=plan.gamma, lam=plan.lam)
+        tokens = {
+            "old_logp": old,
+            "ref_logp": ref,
+            "advantage": whiten(advantage, on)[real],
+            "return": returns[real],
+            "old_value": value,
+        }
+        self._metrics = _rollout_metrics(rollouts, scores, forest.branch, keep, tokens)
+        return Batch(forest, tokens, {"reward": score}, {})
+
+    def _evaluate(self, batch: Batch, model: Model, name: str) -> Tensor:
+        """One statistic a target under a model, without gradient."""
+        want, temperature = frozenset({name}), self.plan.sampling.temperature
+        parts = split(batch, self.plan.max_tokens, whole_groups=False)
+        with torch.no_grad():
+            return torch.cat([forward_stats(model, p.forest, want, temperature=temperature)[name] for p in parts]).cpu()
+
+    def _records(
+        self, completions: Sequence[Completion], scores: Sequence[float | None], batch: Batch
+    ) -> list[dict[str, Any]]:
+        """A line of ``samples.jsonl`` for each response."""
+        gap = batch.tokens["old_logp"] - batch.tokens["ref_logp"]
+        kl = segment_sum(gap, batch.forest.branch, len(completions)).tolist()
+        return [
+            {
+                "prompt": c.example.prompt[-1].content,
+                "completion": c.text,
+                "reward": s,
+                "kl": k,
+                "length": len(c.ids),
+                "truncated": c.truncated,
+            }
+            for c, s, k in zip(completions, scores, kl, strict=True)
+        ]
+
+
+def _updates(batch: Batch, updates: int) -> list[Batch]:
+    """Cut a rollout into ``updates`` batches of whole prompts, each with its own counts; advantages stay as they are."""
+    trees = [(t, range(len(tree.branches))) for t, tree in enumerate(batch.forest.trees)]
+    out: list[Batch] = []
+    for part in range(updates):
+        piece = take(batch, trees[part::updates])
+        tokens = float(piece.forest.masks["sampled"].sum())
+        out.append(Batch(piece.forest, piece.tokens, piece.branches, {"tokens": max(tokens, 1.0)}))
+    return out
+
+
+def _rollout_metrics(
+    rollouts: Sequence[Rollout], scores: Sequence[float | None], branch: Tensor, keep: Tensor, tokens: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """Means over the rollout, before any update."""
+    known = torch.tensor([s for s in scores if s is not None])
+    kl = segment_sum(tokens["old_logp"] - tokens["ref_logp"], branch, len(rollouts))
+    returns, error = tokens["return"], tokens["return"] - tokens["old_value"]
+    spread = masked_mean((returns - masked_mean(returns, keep)) ** 2, keep)
+    residual = masked_mean((error - masked_mean(error, keep)) ** 2, keep)
+    return {
+        "reward/mean": float(known.mean()),
+        "reward/std": float(known.std(correction=0)),
+        "kl/mean": float(kl.mean()),
+        "policy/entropy": float(-masked_mean(tokens["old_logp"], keep)),
+        "value/explained": float(1 - residual / spread.clamp(min=1e-8)),
+        "length/mean": sum(len(r.ids) for r in rollouts) / len(rollouts),
+        "truncated/share": sum(r.truncated for r in rollouts) / len(rollouts),
+        "abstained/share": sum(s is None for s in scores) / len(scores),
+    }
