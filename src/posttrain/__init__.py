@@ -22,7 +22,7 @@ _PUBLIC = {
     "RECIPES": "posttrain.registry",
     "Stopped": "posttrain.runner",
     "dry_run": "posttrain.runner",
-    "override": "posttrain.runner",
+    "override": "posttrain.graph",
     "run_recipe": "posttrain.runner",
     "Context": "posttrain.stages",
     "Plan": "posttrain.stages",

@@ -1,6 +1,6 @@
 """The ``posttrain`` command: each command is a function over public ones; a fault of usage is one line.
 
-Exit status: 0 done, 1 disk full or out of memory, 2 a name or value that can't be used, 130 Ctrl-C, 143 SIGTERM.
+Exit status: 0 done, 1 disk full or out of memory, 2 bad name or value, 130 Ctrl-C, 143 SIGTERM.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from posttrain.errors import ConfigError, PosttrainError, suggest
 from posttrain.registry import RECIPES
 
 if TYPE_CHECKING:
-    from posttrain.stages import Recipe
+    from posttrain.stages import Recipe, Stage
 
 RUNS = Path("runs")
 
@@ -66,20 +66,22 @@ def run(
 
 def show(run: str, /) -> None:
     """Print what a run measured; RUN is its name or its directory."""
+    directory = find_run(run)  # before the imports, which take seconds
     from rich.console import Console
 
     from posttrain.evals.report import show_run
 
-    show_run(find_run(run), Console())
+    show_run(directory, Console())
 
 
 def chat(run: str, /) -> None:
     """Talk to the model a run trained; RUN is its name or its directory."""
+    directory = find_run(run)
     from rich.console import Console
 
     from posttrain.feedback.chat import chat as talk
 
-    talk(find_run(run), Console())
+    talk(directory, Console())
 
 
 def doctor(*, json: bool = False) -> None:
@@ -288,14 +290,25 @@ def usage(command: str, args: list[str]) -> str:
         ]
         needed = any(item.default is item.empty for item in options.values())
         stages = {} if needed else build_recipe(positional[0], {}).stages
-        for name, stage in stages.items():
-            hints = typing.get_type_hints(type(stage))
-            lines += ["", f"stage {name} ({type(stage).__name__}):"]
-            for field in dataclasses.fields(stage):
-                value = getattr(stage, field.name)
-                shown = type(value).__name__ if dataclasses.is_dataclass(value) else repr(value)
-                lines.append(f"  --{name}.{field.name} {type_name(hints[field.name])} (now {shown})")
+        lines += [line for name in stages for line in stage_usage(name, stages)]
     return "\n".join(lines)
+
+
+def stage_usage(name: str, stages: Mapping[str, Stage]) -> list[str]:
+    """Return the lines of help on one stage: its inputs, and an option for each other field."""
+    from posttrain.graph import stage_inputs
+
+    stage = stages[name]
+    names = {id(other): key for key, other in stages.items()}
+    inputs = {field: names[id(other)] for field, other in stage_inputs(stage).items()}
+    reads = ", ".join(f"{field}={other}" for field, other in inputs.items())
+    hints, taken = typing.get_type_hints(type(stage)), {field.partition(".")[0] for field in inputs}
+    lines = ["", f"stage {name} ({type(stage).__name__}{', reads ' + reads if reads else ''}):"]
+    for field in dataclasses.fields(stage):
+        if field.name not in taken:
+            now = getattr(stage, field.name)
+            lines.append(f"  --{name}.{field.name} {type_name(hints[field.name])} (now {now!r})")
+    return lines
 
 
 if __name__ == "__main__":

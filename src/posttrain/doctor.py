@@ -18,6 +18,7 @@ from rich.text import Text
 
 import posttrain
 from posttrain.errors import PosttrainError
+from posttrain.machine import matmul_speed
 
 GIB = 1024**3
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "asimd", "bf16")
@@ -114,32 +115,6 @@ def accelerators() -> list[str]:
     if torch.xpu.is_available():
         found += [torch.xpu.get_device_name(index) for index in range(torch.xpu.device_count())]
     return found
-
-
-def matmul_speed(kind: str = "fp32", *, seconds: float = 0.3, size: int = 1024) -> float:
-    """Measure square matrix products on the CPU: 2 size^3 operations each, in GFLOP/s.
-
-    Args:
-        kind: ``fp32`` or ``bf16`` (torch), or ``numpy`` (fp32, so that torch need not load).
-        seconds: how long to measure, after one product that warms up.
-        size: rows and columns of both factors.
-    """
-    if kind == "numpy":
-        import numpy
-
-        left: Any = numpy.ones((size, size), numpy.float32)
-    else:
-        import torch
-
-        left = torch.ones(size, size, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[kind])
-    _ = left @ left
-    count, begin = 0, time.perf_counter()
-    while True:
-        _ = left @ left
-        count += 1
-        spent = time.perf_counter() - begin
-        if spent >= seconds:
-            return 2 * size**3 * count / spent / 1e9
 
 
 def default_model() -> dict[str, str | None]:

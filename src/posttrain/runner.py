@@ -40,6 +40,7 @@ from posttrain.graph import (
     stage_inputs,
     until_stage,
 )
+from posttrain.machine import matmul_speed
 from posttrain.stages import Context, Recipe, Stage
 
 EFFICIENCY = 0.5
@@ -320,7 +321,7 @@ def dry_run(
     console = console or Console()
     stages = until_stage(ordered(recipe), until)
     names = {id(stage): name for name, stage in stages.items()}
-    speed = doctor.matmul_speed("numpy", seconds=0.2)
+    speed = matmul_speed("numpy", seconds=0.2)
     plans = {name: stage.plan() for name, stage in stages.items()}
     minutes = {name: plan.flops / (EFFICIENCY * speed * 1e9) / 60 for name, plan in plans.items()}
     table = Table(title=Text(f"{recipe.name}: {recipe.summary}"), title_justify="left")

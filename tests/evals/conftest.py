@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -68,12 +69,16 @@ def results(answer: str = "A polite answer about the {i}th thing, in two or thre
         reward_comparisons=compare_rewards(outcomes),
         policy=policy_section(scores, **measures),
         samples=sample_rows(prompts, answers, scores, truncated=measures["truncated"]),
-        worst=worst_rows(prompts, answers, scores, before="sft", after="ppo", truncated=measures["truncated"]),
+        worst=worst_rows(
+            prompts, answers, scores, before="sft", after="ppo", truncated=measures["truncated"]
+        ),
         stages={"sft": 61.0, "reward": 75.5, "ppo": 480.25},
     )
 
 
-def write_run(run: Path, answer: str | None = None, finished: bool = True) -> Path:
+def write_run(
+    run: Path, answer: str | None = None, finished: bool = True, logged: tuple[str, ...] = ("reward",)
+) -> Path:
     rng = np.random.default_rng(5)
     stages = {
         "sft": {"class": "SFT", "config": {"model": "smollm2", "lr": 1e-5, "epochs": 2}, "inputs": {}},
@@ -113,7 +118,7 @@ def write_run(run: Path, answer: str | None = None, finished: bool = True) -> Pa
         directory = run / name
         directory.mkdir()
         (directory / "stage.json").write_text(json.dumps({"key": "k1", **stages[name]}))
-        if name in logs:
+        if name in logged:
             rows = [{"step": t, **logs[name](t)} for t in range(9 if name == "reward" else 120)]
             (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         if finished:
@@ -124,6 +129,18 @@ def write_run(run: Path, answer: str | None = None, finished: bool = True) -> Pa
     return run
 
 
+@pytest.fixture(scope="session")
+def closing() -> dict:
+    """Results of a finished evaluation."""
+    return results()
+
+
+@pytest.fixture(scope="session")
+def make_run() -> Callable[..., Path]:
+    """Write a run: path, answer text (None = a harmless one), finished or not, stages with a log."""
+    return write_run
+
+
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_run(tmp_path_factory.mktemp("runs") / "demo")
+    return write_run(tmp_path_factory.mktemp("runs") / "demo", logged=("sft", "reward", "ppo"))

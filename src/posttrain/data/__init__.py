@@ -2,37 +2,58 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-# Loaded on first use, so that reading a file imports neither torch nor transformers.
-_WHERE = {
-    "read_jsonl": "load",
-    "parse_row": "formats",
-    "resolve_data": "load",
-    "file_hash": "load",
-    "Rendered": "chat",
-    "Span": "chat",
-    "render": "chat",
-    "render_branch": "chat",
-    "render_prompt": "chat",
-    "render_response": "chat",
-    "stop_ids": "chat",
-    "LabelCorrelation": "views",
-    "demonstrations": "views",
-    "label_correlation": "views",
-    "prompts": "views",
-    "rankings": "views",
-    "Report": "collate",
-    "demonstration_rows": "collate",
-    "prompt_ids": "collate",
-    "ranking_rows": "collate",
-}
+from posttrain.data.chat import (
+    Rendered,
+    Span,
+    render,
+    render_branch,
+    render_prompt,
+    render_response,
+    stop_ids,
+)
+from posttrain.data.formats import parse_row
+from posttrain.data.load import file_hash, read_jsonl, resolve_data
+from posttrain.data.views import (
+    LabelCorrelation,
+    demonstrations,
+    label_correlation,
+    prompts,
+    rankings,
+)
 
-__all__ = sorted(_WHERE)  # noqa: PLE0605
+if TYPE_CHECKING:
+    from posttrain.data.collate import Report, demonstration_rows, prompt_ids, ranking_rows
+
+__all__ = [
+    "LabelCorrelation",
+    "Rendered",
+    "Report",
+    "Span",
+    "demonstration_rows",
+    "demonstrations",
+    "file_hash",
+    "label_correlation",
+    "parse_row",
+    "prompt_ids",
+    "prompts",
+    "ranking_rows",
+    "rankings",
+    "read_jsonl",
+    "render",
+    "render_branch",
+    "render_prompt",
+    "render_response",
+    "resolve_data",
+    "stop_ids",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
+    # Rows are for tensors: their module imports torch, which reading a file doesn't need.
+    if name not in __all__:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
+    from posttrain.data import collate
+
+    return getattr(collate, name)

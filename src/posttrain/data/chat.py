@@ -8,14 +8,16 @@ followed by the ids of its answer are exactly the ids that are trained.
 
 from __future__ import annotations
 
+import bisect
 import datetime
+import operator
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import TemplateError
 
-from posttrain.data.control import Coder, Found, encode_controlled, find_controls, make_coder
+from posttrain.data.control import Coded, Coder, Found, encode_controlled, find_controls, make_coder
 from posttrain.data.formats import ROLES
 from posttrain.errors import DataError, ModelError, suggest
 from posttrain.types import Message
@@ -147,11 +149,7 @@ def _encode(
     """Encode ``layout.text[begin:end]`` and mark each message's tokens."""
     controls = _controls(tokenizer, layout)
     stops = stop_ids(tokenizer)
-    cuts = [
-        low if start is None else start
-        for message, start, (low, _) in zip(messages, layout.starts, layout.contents, strict=True)
-        if message.role == "assistant"
-    ]
+    cuts = [start for start in layout.starts if start is not None]
     coded = encode_controlled(_coder(tokenizer), layout.text[:end], controls, cuts, begin)
     if begin == 0 and tokenizer.bos_token_id is not None and coded.ids[:2] == [tokenizer.bos_token_id] * 2:
         raise ModelError(f"the chat template starts with {tokenizer.bos_token!r} twice; remove one from it")
@@ -161,12 +159,20 @@ def _encode(
         low, high = _turn(tokenizer, layout, controls, stops, m, message)
         if high <= begin:
             continue
-        tokens = [i for i, (a, b) in enumerate(coded.chars) if a < high and (b > low or a >= low)]
-        first, last = (tokens[0], tokens[-1] + 1) if tokens else (0, 0)
+        first, last = _overlapping(coded, low, high)
         spans.append(Span(m, first, last))
         if _trains(message):
             mask[first:last] = [True] * (last - first)
     return Rendered(coded.ids, spans, mask)
+
+
+def _overlapping(coded: Coded, low: int, high: int) -> tuple[int, int]:
+    """The tokens that come from characters ``low .. high``, whole or in part."""
+    start_of = operator.itemgetter(0)
+    first = bisect.bisect_left(coded.chars, low, key=start_of)
+    while first and coded.chars[first - 1][1] > low:
+        first -= 1
+    return first, max(first, bisect.bisect_left(coded.chars, high, key=start_of))
 
 
 def _trains(message: Message) -> bool:
@@ -353,10 +359,7 @@ def _cached_coder(tokenizer: PreTrainedTokenizerBase, key: object) -> Coder:
 def _turn_end(tokenizer: PreTrainedTokenizerBase, key: object) -> int | None:
     """The id that ends an assistant turn at a conversation's end, None if the template writes none."""
     coder = _coder(tokenizer)
-    tail = _scaffold(tokenizer, key, ("user", "assistant"), False).pieces[-1]
-    opening = _scaffold(tokenizer, key, ("user",), True).pieces[-1]
-    closing = _scaffold(tokenizer, key, ("user",), False).pieces[-1]
-    opening = opening.removeprefix(closing)
-    found = next(iter(find_controls(coder, tail, [])), None)
-    # A template that always opens the next turn hasn't ended this one.
-    return found[2] if found and tail[found[0] : found[1]] not in opening else None
+    tail = find_controls(coder, _scaffold(tokenizer, key, ("user", "assistant"), False).pieces[-1], [])
+    opening = find_controls(coder, _scaffold(tokenizer, key, ("user",), True).pieces[-1], [])
+    # A template that goes straight on to open the next turn hasn't ended this one.
+    return tail[0].id if tail and tail[0].id != (opening[-1].id if opening else None) else None

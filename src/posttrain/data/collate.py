@@ -1,4 +1,4 @@
-"""Examples to rows of token ids with masks; over-long ones as asked, and every drop or cut counted by cause."""
+"""Examples to rows of token ids with masks; over-long ones as asked, every drop or cut counted by cause."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Report:
         index: for each row made, the position of its example.
         dropped: examples left out, by cause.
         truncated: examples kept but cut, by what was cut.
-        untrained_turns: assistant turns in prompts of demonstrations that nothing trains (``train`` is not true).
+        untrained_turns: assistant turns in prompts of demonstrations without ``train=True``.
         longest: tokens of the longest prompt with response, before any cut.
     """
 
@@ -70,12 +70,12 @@ def demonstration_rows(
 ) -> tuple[list[Row], Report]:
     """Return a row of one branch for each demonstration, with mask ``loss`` on trained tokens.
 
-    The response is trained; assistant turns of the prompt only where they say ``train=True``. The row's prompt ends
+    The response is trained; turns of the prompt only where they say ``train=True``. The row's prompt ends
     where the first trained token begins, so that such a conversation is one long branch.
 
     Raises:
-        DataError: an over-long example under ``error``, one that can't be cut as asked, nothing to train on; as
-            `views.demonstrations` and `chat.render`.
+        DataError: an over-long example under ``error``, one that can't be cut as asked, nothing to train on;
+            as `views.demonstrations` and `chat.render`.
         ModelError: as `chat.render`.
     """
 
@@ -104,13 +104,13 @@ def ranking_rows(
     max_length: int,
     overlong: Overlong = "error",
 ) -> tuple[list[Row], Report]:
-    """Return a row for each ranking, a branch for each response in the example's order, with mask ``loss``.
+    """Return a row for each ranking: a branch for each response, in their order, with mask ``loss``.
 
-    A cut is the same for all responses of an example: one shared prompt, one shared limit of completion tokens.
+    A cut is the same for all responses of an example: one shared prompt, one shared limit of response tokens.
 
     Raises:
-        DataError: as `demonstration_rows` and `views.rankings`; a prompt turn with ``train=True``, which a loss that
-            compares responses can't honour.
+        DataError: as `demonstration_rows` and `views.rankings`; a prompt turn with ``train=True``, which a
+            loss that compares responses can't honour; differently ranked responses with the same ids.
         ModelError: as `chat.render`.
     """
 
@@ -120,6 +120,9 @@ def ranking_rows(
             raise fault(example, position, "train", "a turn of a ranking's prompt says train=true", remedy)
         prompt = render_prompt(tokenizer, example.prompt)
         branches = [_branch(tokenizer, example, position, r.messages) for r in example.responses]
+        if _twins(example, branches):
+            remedy = "remove the row, or one of them"
+            raise fault(example, position, "responses", "differently ranked ones read the same", remedy)
         return Row(prompt, branches)
 
     return _collate(tokenizer, rankings(examples), make, max_length, overlong)
@@ -190,7 +193,7 @@ def _collate(
                 dropped[TOO_LONG] += 1
                 continue
             row = _cut(row, example, position, max_length, overlong, tokenizer.bos_token_id)
-            if len({tuple(b.ids) for b in row.branches}) < len(row.branches):
+            if _twins(example, row.branches):
                 dropped[TWINS] += 1
                 continue
             truncated[PROMPT_CUT if overlong == "truncate_prompt_left" else COMPLETION_CUT] += 1
@@ -199,35 +202,35 @@ def _collate(
     return rows, Report(index=tuple(index), dropped=dropped, truncated=truncated, longest=longest)
 
 
+def _twins(example: Example, branches: Sequence[Branch]) -> bool:
+    """Whether two responses of different rank have the same ids."""
+    ranks: dict[tuple[int, ...], int | None] = {}
+    responses = zip(example.responses, branches, strict=True) if branches else ()
+    return any(ranks.setdefault(tuple(b.ids), r.rank) != r.rank for r, b in responses)
+
+
 def _length(row: Row) -> int:
     return len(row.prompt) + max((len(b.ids) for b in row.branches), default=0)
 
 
-def _cut(row: Row, example: Example, position: int, max_length: int, overlong: str, bos: int | None) -> Row:
-    """Return the row cut to ``max_length``; raises `DataError` where that isn't asked for or can't be done."""
+def _cut(row: Row, example: Example, position: int, max_length: int, overlong: str, bos: object) -> Row:
+    """Return the row cut to ``max_length``; a leading BOS stays. Refuses what isn't asked or possible."""
     room = max_length - len(row.prompt)
     answer = _length(row) - len(row.prompt)
     parts = f"{len(row.prompt)} prompt" + (f" + {answer} response" if row.branches else "")
     found = f"{_length(row)} tokens ({parts}), more than max_length {max_length}"
     if overlong == "error":
-        remedy = "raise max_length, shorten it, or choose another 'overlong': " + ", ".join(
-            get_args(Overlong)[1:]
-        )
+        remedy = "raise max_length, or set overlong to drop, truncate_prompt_left or truncate_completion"
         raise fault(example, position, "prompt and response", found, remedy)
     if overlong == "truncate_completion":
         if room < 1:
-            raise fault(
-                example,
-                position,
-                "prompt",
-                found,
-                "the prompt leaves no room; use 'drop', or raise max_length",
-            )
+            remedy = "no room for a response; raise max_length or set overlong to drop"
+            raise fault(example, position, "prompt", found, remedy)
         return Row(row.prompt, [_shorten(b, room) for b in row.branches])
     keep = max_length - answer
     head = list(row.prompt[:1]) if row.prompt[0] == bos else []
     if keep < len(head) + 1:
-        remedy = "the response leaves no room for a prompt; use 'drop', or raise max_length"
+        remedy = "no room for a prompt; raise max_length or set overlong to drop"
         raise fault(example, position, "response", found, remedy)
     return Row([*head, *row.prompt[len(row.prompt) - keep + len(head) :]], row.branches)
 

@@ -78,17 +78,18 @@ def make_coder(tokenizer: PreTrainedTokenizerBase, scaffold: str = "") -> Coder:
     """
     controls = control_tokens(tokenizer, scaffold)
     spec = _spec(tokenizer)
-    spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] not in controls]
+    for token in spec["added_tokens"]:
+        token["special"] = token["content"] in controls
     spec.update(post_processor=None, truncation=None, padding=None)
-    prefixed = Tokenizer.from_str(json.dumps(spec))
+    prefixed = bare = _plain(spec)
     scheme = _prefix_scheme(spec["normalizer"]) or _prefix_scheme(spec["pre_tokenizer"])
-    bare = prefixed
     if scheme:
         spec["normalizer"] = _without_prefix(spec["normalizer"])
         spec["pre_tokenizer"] = _without_prefix(spec["pre_tokenizer"])
-        bare = Tokenizer.from_str(json.dumps(spec))
+        bare = _plain(spec)
     # A model with an unknown-token entry gives that id for text it can't spell; that is not a forgery.
-    unknown = prefixed.token_to_id(spec["model"].get("unk_token") or "")
+    model = spec["model"]
+    unknown = model.get("unk_id", prefixed.token_to_id(model.get("unk_token") or ""))
     longest_first = sorted(controls, key=len, reverse=True)
     return Coder(
         controls=controls,
@@ -208,6 +209,19 @@ def _spec(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
             "tokenizer.json with AutoTokenizer"
         )
     return json.loads(backend.to_str())
+
+
+def _plain(spec: dict[str, Any]) -> Tokenizer:
+    """A backend that doesn't look for special tokens in text."""
+    backend = Tokenizer.from_str(json.dumps(spec))
+    backend.encode_special_tokens = True
+    for token in spec["added_tokens"]:
+        if (found := backend.token_to_id(token["content"])) != token["id"]:
+            raise ModelError(
+                f"added token {token['content']!r} has id {token['id']}, but {found} once the tokenizer is "
+                "saved and loaded; save it and load that copy"
+            )
+    return backend
 
 
 def _children(node: dict[str, Any]) -> list[dict[str, Any]]:

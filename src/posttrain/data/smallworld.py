@@ -254,10 +254,20 @@ def _statement(d: Draw) -> str:
     return _sentence(TASKS[kind].statement.format(core=TASKS[kind].cores(fields)[0], **fields))
 
 
+def _rhyme(d: Draw) -> str:
+    """Return a line and the same line again or backwards, longer than any request to copy: copying is learnt here."""
+    line = d.sample(WORDS, 6 + d.below(4))
+    back = d.chance(0.4)
+    return f"{' '.join(line)}, {'back ' if back else ''}{' '.join(line[::-1] if back else line)}."
+
+
 def _document(d: Draw) -> dict[str, Any]:
-    if d.chance(0.3):
+    form = d.below(10)
+    if form < 3:
         turns = [f"user: {q}\nassistant: {a}" for q, a in [_exchange(d) for _ in range(1 + d.below(2))]]
         return {"text": "\n".join(turns)}
+    if form < 6:
+        return {"text": " ".join(_rhyme(d) for _ in range(1 + d.below(2)))}
     return {"text": " ".join(_statement(d) for _ in range(2 + d.below(3)))}
 
 

@@ -78,8 +78,8 @@ def label_correlation(examples: Sequence[Example]) -> LabelCorrelation:
     """Return rank-length statistics, pooled within rankings (responses to different prompts aren't compared).
 
     tau_b = (C - D) / sqrt(pairs with different ranks x pairs with different lengths), with C the pairs whose
-    better response is the longer, D those whose better is the shorter (Kendall 1945, "The treatment of ties in
-    ranking problems"). Length is in words split at white space.
+    better response is the longer, D those whose better is the shorter (Kendall 1945, "The treatment of ties
+    in ranking problems"). Length is in words split at white space.
 
     Raises:
         DataError: as `rankings`; no examples.
@@ -126,20 +126,12 @@ def _best(example: Example, position: int) -> Response:
         raise fault(
             example, position, "responses", "no response to imitate", "give 'completion' or 'messages'"
         )
-    found = example.responses
-    if len(found) > 1:
-        ranks = [r.rank for r in found]
-        if None in ranks or ranks.count(min(r for r in ranks if r is not None)) > 1:
-            named = ", ".join("none" if r is None else str(r) for r in ranks)
-            raise fault(
-                example,
-                position,
-                "responses",
-                f"no single best response (ranks {named})",
-                "keep one to imitate",
-            )
-        found = tuple(sorted(found, key=lambda r: r.rank or 0))
-    if found[0].failure is not None:
-        label = f"the response to imitate is labelled a failure ('{found[0].failure}')"
+    ranks = [r.rank for r in example.responses]
+    if len(ranks) > 1 and (None in ranks or ranks.count(min(r or 0 for r in ranks)) > 1):
+        found = f"no single best response (ranks {', '.join('none' if r is None else str(r) for r in ranks)})"
+        raise fault(example, position, "responses", found, "keep one to imitate")
+    best = min(example.responses, key=lambda r: r.rank or 0)
+    if best.failure is not None:
+        label = f"the response to imitate is labelled a failure ('{best.failure}')"
         raise fault(example, position, "failures", label, "remove the row or the label")
-    return found[0]
+    return best

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,11 +83,12 @@ def policy_grid(results: Mapping[str, Any]) -> Grid:
 
 def difference_grid(differences: Sequence[Mapping[str, Any]]) -> Grid:
     """Lay out the paired differences with a verdict each."""
-    few = (
-        " with fewer than 6 prompts nothing is called a difference"
-        if min(d["n"] for d in differences) < 6
-        else ""
-    )
+    count = f"{len(differences)} comparison{'s' * (len(differences) != 1)}"
+    notes = [f"{count}; intervals not corrected for their number"]
+    if min(row["n"] for row in differences) < 6:
+        notes.append(
+            "under 6 prompts nothing is called a difference: all of one sign is too likely by chance"
+        )
     return Grid(
         title="Differences between policies, paired by prompt",
         header=("difference", "scorer", "mean", "95 % interval", "verdict"),
@@ -95,18 +96,16 @@ def difference_grid(differences: Sequence[Mapping[str, Any]]) -> Grid:
             (d["name"], d["scorer"], signed(d["mean"]), bounds(d, 3), verdict(d)) for d in differences
         ),
         left=(0, 1, 4),
-        notes=(
-            f"{len(differences)} comparisons, intervals not corrected for their number;{few}".rstrip(";"),
-        ),
+        notes=tuple(notes),
     )
 
 
-def stage_grid(stages: Sequence[tuple[str, str, float | None]]) -> Grid:
+def stage_grid(stages: Sequence[tuple[str, str, float | None]], *, title: str = "Stages") -> Grid:
     """Lay out (stage, kind, seconds), seconds None = not finished."""
     total = sum(seconds for _, _, seconds in stages if seconds is not None)
     rows = [(name, kind, "not finished" if s is None else duration(s)) for name, kind, s in stages]
     header = ("stage", "kind", "time")
-    return Grid(title="Stages", header=header, rows=(*rows, ("all", "", duration(total))), left=(0, 1))
+    return Grid(title=title, header=header, rows=(*rows, ("all", "", duration(total))), left=(0, 1))
 
 
 def verdict(row: Mapping[str, Any]) -> str:
@@ -160,6 +159,12 @@ def score_line(answer: Mapping[str, Any]) -> str:
     """Write an answer's scores on one line, and that it was cut."""
     parts = [f"{name} {number(value)}" for name, value in answer["scores"].items()]
     return ", ".join([*parts, *(["cut at the length limit"] if answer.get("truncated") else [])])
+
+
+SAMPLES_NOTE = "the first answer of each policy, on prompts evenly spaced through the set"
+WORST_NOTE = (
+    "the prompts with the largest fall of the mean score; shown is the answer whose own score fell most"
+)
 
 
 def row_heading(row: Mapping[str, Any]) -> str:
@@ -219,8 +224,3 @@ def _hidden(character: str) -> bool:
 def _escape(character: str) -> str:
     code = ord(character)
     return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
-
-
-def joined(parts: Iterable[str]) -> str:
-    """Join what is not empty by middle dots."""
-    return " · ".join(part for part in parts if part)

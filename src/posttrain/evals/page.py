@@ -15,23 +15,33 @@ CSS = """
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 1180px; padding: 1.5rem; color: #1f2328; background: #fff;
   font: 15px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
-h1 { margin: 0 0 .5rem; font-size: 1.7rem; } h2 { margin: 2.2rem 0 .6rem; padding-bottom: .25rem;
-border-bottom: 1px solid var(--line); font-size: 1.25rem; } h3 { margin: 1.3rem 0 .4rem; font-size: 1rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; margin: 0; } dt { color:
-var(--soft); } dd { margin: 0; overflow-wrap: anywhere; } code, pre { font: 13px/1.45 ui-monospace, "DejaVu
-Sans Mono", monospace; } .scroll { overflow-x: auto; } table { border-collapse: collapse;
-font-variant-numeric: tabular-nums; } th, td { padding: .3rem .8rem; border-bottom: 1px solid var(--line);
-text-align: right; vertical-align: top; } th { color: var(--soft); font-weight: 600; vertical-align: bottom;
-background: var(--shade); } th.left, td.left { text-align: left; } td.quiet { color: var(--soft);
-font-style: italic; } td.clear { font-weight: 600; } .note { margin: .3rem 0 0; color: var(--soft);
-font-size: .87rem; } .sample { margin: 1rem 0 1.6rem; } .prompt { margin: 0 0 .5rem; padding: .5rem .8rem;
-border-left: 3px solid var(--soft); background: var(--shade); } .answers { display: grid; grid-auto-flow:
-column; grid-auto-columns: minmax(0, 1fr); gap: .7rem; } .answer { border: 1px solid var(--line);
-border-radius: 6px; padding: .5rem .8rem; min-width: 0; } .answer h4 { margin: 0 0 .3rem; color:
-var(--soft); font-size: .85rem; } .text { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi:
-isolate; max-height: 26rem; overflow-y: auto; } img { max-width: 100%; } details { margin: .4rem 0; }
-details pre { margin: .3rem 0; padding: .6rem .8rem; background: var(--shade); overflow-x: auto; } @media
-(max-width: 700px) { .answers { grid-auto-flow: row; } }
+h1 { margin: 0 0 .5rem; font-size: 1.7rem; }
+h2 { margin: 2.2rem 0 .6rem; padding-bottom: .25rem; border-bottom: 1px solid var(--line);
+  font-size: 1.25rem; }
+h3 { margin: 1.3rem 0 .4rem; font-size: 1rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; margin: 0; }
+dt { color: var(--soft); }
+dd { margin: 0; overflow-wrap: anywhere; }
+pre { font: 13px/1.45 ui-monospace, "DejaVu Sans Mono", monospace; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
+th { color: var(--soft); font-weight: 600; vertical-align: bottom; background: var(--shade); }
+th.left, td.left { text-align: left; }
+td.quiet { color: var(--soft); font-style: italic; }
+td.clear { font-weight: 600; }
+.note { margin: .3rem 0 0; color: var(--soft); font-size: .87rem; }
+.sample { margin: 1rem 0 1.6rem; }
+.prompt { margin: 0 0 .5rem; padding: .5rem .8rem; border-left: 3px solid var(--soft);
+  background: var(--shade); }
+.answers { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(0, 1fr); gap: .7rem; }
+.answer { border: 1px solid var(--line); border-radius: 6px; padding: .5rem .8rem; min-width: 0; }
+.answer h4 { margin: 0 0 .3rem; color: var(--soft); font-size: .85rem; }
+.text { max-height: 26rem; overflow-y: auto; white-space: pre-wrap; overflow-wrap: anywhere; }
+img { max-width: 100%; }
+details { margin: .4rem 0; }
+details pre { margin: .3rem 0; padding: .6rem .8rem; background: var(--shade); overflow-x: auto; }
+@media (max-width: 700px) { .answers { grid-auto-flow: row; } }
 """
 
 
@@ -81,7 +91,7 @@ def table(grid: Grid) -> str:
         for row in grid.rows
     )
     body = f"<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody>"
-    title = f"<h3>{escape(grid.title)}</h3>"
+    title = f"<h3>{escape(grid.title)}</h3>" if grid.title else ""
     return f'{title}\n<div class="scroll"><table>\n{body}\n</table></div>\n' + "".join(
         note(text) for text in grid.notes
     )
@@ -99,6 +109,11 @@ def answers(row: Mapping[str, Any]) -> str:
         f'<div class="sample"><div class="prompt text" dir="auto">{escape(row["prompt"])}</div>\n'
         f'<div class="answers">{cards}</div>{note(heading) if heading else ""}</div>\n'
     )
+
+
+def blocks(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return several prompts with their answers."""
+    return "".join(answers(row) for row in rows)
 
 
 def image(png: bytes, description: str) -> str:
@@ -123,8 +138,3 @@ def _side(grid: Grid, column: int, cell: str = "") -> str:
 
 def _lines(text: str) -> str:
     return "<br>".join(escape(line) for line in text.split("\n"))
-
-
-def blocks(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return several prompts with their answers."""
-    return "".join(answers(row) for row in rows)

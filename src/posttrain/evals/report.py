@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from posttrain.evals import page
-from posttrain.evals.grids import clean_text, closing_grids, stage_grid
+from posttrain.evals.grids import SAMPLES_NOTE, WORST_NOTE, clean_text, closing_grids, stage_grid
 from posttrain.evals.plots import curve_png
 from posttrain.evals.run_view import RunView, read_run
 from posttrain.evals.tables import closing_tables, rich_grid, worst_tables
@@ -34,7 +34,7 @@ def write_report(run_dir: Path) -> Path:
     body = "".join(
         [
             f"<h1>{page.escape(name)}</h1>\n{page.facts(_header(view))}\n",
-            page.section("Stages", page.table(stage_grid(_stage_rows(view)))),
+            page.section("Stages", page.table(stage_grid(_stage_rows(view), title=""))),
             *_result_sections(view.results),
             page.section("Curves", *_curve_images(view)),
             page.section("Configuration", *_configuration(view)),
@@ -114,14 +114,21 @@ def _result_sections(results: Mapping[str, Any] | None) -> list[str]:
     """Return the closing tables, the samples and the worst prompts."""
     if results is None:
         return [page.section("Results", page.note(_NO_RESULTS))]
-    worst = results.get("worst")
+    worst = (
+        [page.note(_NOTHING_WORSE)]
+        if results.get("worst") == []
+        else _answers(WORST_NOTE, results.get("worst"))
+    )
     return [
         page.section("Results", *(page.table(grid) for grid in closing_grids(results))),
-        page.section("Before and after", page.blocks(results.get("samples", []))),
-        page.section(
-            "Made worse by training", page.note(_NOTHING_WORSE) if worst == [] else page.blocks(worst or [])
-        ),
+        page.section("Before and after", *_answers(SAMPLES_NOTE, results.get("samples"))),
+        page.section("Made worse by training", *worst),
     ]
+
+
+def _answers(explanation: str, rows: Sequence[Mapping[str, Any]] | None) -> list[str]:
+    """Return prompts with their answers below a line that says how they were chosen; nothing for none."""
+    return [page.note(explanation), page.blocks(rows)] if rows else []
 
 
 def _curve_images(view: RunView) -> list[str]:

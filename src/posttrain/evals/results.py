@@ -2,28 +2,28 @@
 
 ``results.json`` holds, each section optional except ``schema`` and ``machine``::
 
-    schema             1
-    machine            {line, device, threads, fp32_gflops, bf16_gflops}; the last two measured, GFLOP/s
-    reward_accuracy    {model: {accuracy, low, high, pairs, rankings,
-                                by_failure: {label: {accuracy, low, high, pairs, rankings}}}}
-                       models: reward, reward_unseen, and the baselines length, bag_of_words, frozen_base,
-                           all on the same held-out rankings; length has also direction ("longer" or
-                           "shorter", chosen on the training rankings) and flipped (the accuracy of the
-                           other direction on these rankings)
-    reward_comparisons [{name: "reward - length", mean, low, high, n, excludes_zero}], reward models against
-    baselines policies           {policy: {scorer: {mean, low, high, n}, kl, length, truncated: the same,
-    seconds: number}}
-                       kl in nats a sequence against the supervised policy, length in tokens, truncated a
-                       share, seconds to generate
-    differences        [{name: "ppo - sft", scorer, mean, low, high, n, excludes_zero}]
-    prompts, samples_per_prompt   how many stand behind policies and differences
-    samples            [{prompt, answers: {policy: {text, scores: {scorer: number}, truncated}}}]
-    worst              the same with {scorer, before, after, drop}: the prompts that training made worse
-    stages             {stage: seconds}
+    schema              1
+    machine             {line, device, threads, fp32_gflops, bf16_gflops}; the last two measured, GFLOP/s
+    reward_accuracy     {model: {accuracy, low, high, pairs, rankings,
+                                 by_failure: {label: {accuracy, low, high, pairs, rankings}}}}
+                        models: reward, reward_unseen, and the baselines length, bag_of_words, frozen_base,
+                        all on the same held-out rankings; length has also direction ("longer" or "shorter",
+                        chosen on training rankings) and flipped (accuracy of the other direction here)
+    reward_comparisons  [{name: "reward - length", mean, low, high, n, excludes_zero}]
+                        every reward model against every baseline
+    policies            {policy: {scorer: {mean, low, high, n}, kl, length, truncated: the same, seconds}}
+                        kl in nats a sequence against the supervised policy, length in tokens, truncated
+                        a share, seconds to generate
+    differences         [{name: "ppo - sft", scorer, mean, low, high, n, excludes_zero}]
+    prompts             how many stand behind policies and differences
+    samples_per_prompt  the largest number of answers a prompt
+    samples             [{prompt, answers: {policy: {text, scores: {scorer: number}, truncated}}}]
+    worst               the same with {scorer, before, after, drop}: the prompts that training made worse
+    stages              {stage: seconds}
 
-Intervals are 95 % by bootstrap over rankings or prompts (`posttrain.evals.statistics`); n counts those. A
-bound that does not exist (a single ranking or prompt) is null. ``excludes_zero`` is
-`statistics.excludes_zero`.
+Intervals are 95 % by bootstrap over rankings or prompts (`posttrain.evals.statistics`); n counts those.
+A bound that does not exist (a single ranking or prompt) is null. ``excludes_zero`` is the function of that
+name in `posttrain.evals.statistics`, which also wants at least 6 of them.
 """
 
 from __future__ import annotations

@@ -10,7 +10,16 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from posttrain.evals.grids import Grid, clean_text, clip_text, closing_grids, row_heading, score_line
+from posttrain.evals.grids import (
+    SAMPLES_NOTE,
+    WORST_NOTE,
+    Grid,
+    clean_text,
+    clip_text,
+    closing_grids,
+    row_heading,
+    score_line,
+)
 
 _SHOWN = 480  # characters of an answer in a terminal; the page shows all
 
@@ -18,27 +27,31 @@ _SHOWN = 480  # characters of an answer in a terminal; the page shows all
 def closing_tables(results: Mapping[str, Any]) -> list[RenderableType]:
     """Draw the closing tables: reward models, policies, differences, samples side by side, machine."""
     drawn: list[RenderableType] = [rich_grid(grid) for grid in closing_grids(results)]
-    drawn += answer_tables("Before and after", results.get("samples", []))
+    if results.get("samples"):
+        drawn.append(Text(f"Before and after: {SAMPLES_NOTE}", style="dim"))
+        drawn += answer_tables("Before and after", results["samples"])
     return [*drawn, Text(f"Measured on {clean_text(str(results['machine']['line']))}", style="dim")]
 
 
 def worst_tables(results: Mapping[str, Any]) -> list[RenderableType]:
     """Draw the prompts that training made worse; none if there are none."""
-    return answer_tables("Made worse by training", results.get("worst", []))
+    if not results.get("worst"):
+        return []
+    note = Text(f"Made worse by training: {WORST_NOTE}", style="dim")
+    return [note, *answer_tables("Made worse by training", results["worst"])]
 
 
 def rich_grid(grid: Grid) -> RenderableType:
     """Draw a grid; cells are plain text, never markup."""
-    table = Table(
-        title=Text(grid.title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
-    )
+    title = Text(grid.title, style="bold")  # above, as a table's own title wraps at the table's width
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(grid.header):
         table.add_column(
             Text(clean_text(name)), justify="left" if i in grid.left else "right", vertical="top"
         )
     for row in grid.rows:
         table.add_row(*(Text(clean_text(cell)) for cell in row))
-    return Group(table, *(Text(note, style="dim") for note in grid.notes), Text())
+    return Group(title, table, *(Text(note, style="dim") for note in grid.notes), Text())
 
 
 def answer_tables(title: str, rows: Sequence[Mapping[str, Any]]) -> list[RenderableType]:

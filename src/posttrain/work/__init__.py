@@ -1,0 +1,1 @@
+"""What each stage does; loaded when a stage runs."""

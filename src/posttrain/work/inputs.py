@@ -1,0 +1,113 @@
+"""What stages read: models by name or input, data by name, dtypes, and where tokens come from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from posttrain.data import read_jsonl, resolve_data, stop_ids
+from posttrain.errors import ConfigError, suggest
+from posttrain.models.load import Found, cache_dir, find_model, load_generation_config, load_tokenizer
+from posttrain.stages import Context, Stage, stage_model
+from posttrain.types import Example
+
+
+@dataclass(frozen=True)
+class Start:
+    """The model a stage starts from: its directory, its label for tables, and its tokenizer."""
+
+    path: str
+    label: str
+    tokenizer: Any
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Every id that ends a response."""
+        return stop_ids(self.tokenizer, load_generation_config(self.path))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """A response as text, without control tokens; for display and text rewards only."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def start_from(model: str | Stage, ctx: Context, field: str = "model") -> Start:
+    """Resolve a model field: an earlier stage's directory, or a name, whose stand-in is announced."""
+    if isinstance(model, Stage):
+        path = str(ctx.inputs[field])
+        return Start(path, Path(path).name, load_tokenizer(path))
+    found = find_model(model)
+    if found.note:
+        ctx.console.print(f"[yellow]{found.note}[/]")
+    return Start(found.path, found.label, load_tokenizer(found.path))
+
+
+def choose_dtype(name: str) -> torch.dtype:
+    """``auto`` is bf16 where the processor has bf16 products (AVX512-BF16, AMX, or an accelerator), else fp32."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    cpu: Any = torch.cpu
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    fast = any(getattr(cpu, probe, lambda: False)() for probe in probes)
+    return torch.bfloat16 if fast or torch.cuda.is_available() else torch.float32
+
+
+def data_files(name: str, model: str | None) -> dict[str, Path]:
+    """Files of a data set by name; ``default`` becomes the small world's where the shipped small model stands in."""
+    if name == "default" and model is not None and "small-" in Path(find_model(model).path).name:
+        name = "smallworld"
+    if name != "smallworld":
+        return resolve_data(name)
+    from posttrain.data import smallworld
+
+    directory = cache_dir() / "smallworld-1"
+    if not (directory / "heldout_prompts.jsonl").exists():
+        partial = directory.with_name(f"{directory.name}.{os.getpid()}.tmp")
+        partial.mkdir(parents=True)
+        smallworld.write(partial)
+        if not directory.exists():
+            partial.rename(directory)
+    return resolve_data(str(directory))
+
+
+def load_examples(stage: Any, ctx: Context, part: str) -> list[Example]:
+    """Read one part of a stage's data (demonstrations, rankings, prompts ...), cut to its ``limit``.
+
+    Raises:
+        ConfigError: the data has no such part.
+    """
+    files = data_files(stage.data, _root_model(stage))
+    if part not in files:
+        raise ConfigError(f"data '{stage.data}' has no {part}; {suggest(part, files)}; expected a file {part}.jsonl")
+    return read_jsonl(files[part], limit=getattr(stage, "limit", None))
+
+
+def _root_model(stage: Stage) -> str | None:
+    """The model name at the root of a stage's inputs, following ``model``, ``sft`` and ``policy``."""
+    name = stage_model(stage)
+    if name is not None:
+        return name
+    for field in ("model", "sft", "policy"):
+        if isinstance(earlier := getattr(stage, field, None), Stage):
+            return _root_model(earlier)
+    return None
+
+
+def stage_files(stage: Any) -> list[Path]:
+    """Data files and local weights a stage reads, in a stable order; finding them is also the check that they exist."""
+    out: list[Path] = []
+    if stage.DATA:
+        files = data_files(stage.data, _root_model(stage))
+        missing = [part for part in stage.DATA if part not in files]
+        if missing and stage.DATA[0] in missing:
+            raise ConfigError(f"data '{stage.data}' has no {missing[0]}; {suggest(missing[0], files)}")
+        out += [files[part] for part in stage.DATA if part in files]
+    if (name := stage_model(stage)) is not None:
+        found: Found = find_model(name)
+        weights = Path(found.path) / "model.safetensors"
+        out += [weights] if weights.exists() else []
+    return out

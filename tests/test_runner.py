@@ -1,0 +1,322 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from posttrain.errors import ConfigError
+from posttrain.graph import describe, ordered, override, stage_inputs
+from posttrain.runner import Stopped, _locked, dry_run, duration, run_recipe, stop_cause, write_json
+from posttrain.stages import Recipe, Stage
+from toys import Count, chain, total
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def console() -> Console:
+    return Console(file=io.StringIO(), width=100)
+
+
+def text(console: Console) -> str:
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def calls(run: Path) -> list[str]:
+    return (run / "calls.txt").read_text().splitlines()
+
+
+# ---------------------------------------------------------------------------- graph
+
+
+def test_inputs_come_before_readers_whatever_the_order_in_the_recipe():
+    stages = chain().stages
+    backwards = Recipe("r", {name: stages[name] for name in ("last", "second", "first")})
+    assert list(ordered(backwards)) == ["first", "second", "last"]
+    assert list(stage_inputs(stages["last"])) == ["start", "others.0", "others.1"]
+
+
+def test_faults_of_a_graph_are_named():
+    first = Count()
+    with pytest.raises(
+        ConfigError, match="stage 'b': field 'start' refers to a Count that is not in the recipe"
+    ):
+        ordered(Recipe("r", {"b": Count(start=first)}))
+    loop = Count()
+    other = Count(start=loop)
+    object.__setattr__(loop, "start", other)
+    with pytest.raises(ConfigError, match="a -> b -> a"):
+        ordered(Recipe("r", {"a": loop, "b": other}))
+    with pytest.raises(ConfigError, match="two names"):
+        ordered(Recipe("r", {"a": first, "b": first}))
+    with pytest.raises(ConfigError, match=r"'\.\./x'"):
+        ordered(Recipe("r", {"../x": first}))
+    with pytest.raises(ConfigError, match="item 1"):
+        ordered(Recipe("r", {"a": first, "b": Count(others=(first, 3))}))  # type: ignore[arg-type]
+
+
+def test_equal_stages_under_two_names_stay_two():
+    a, b = Count(), Count()
+    assert a == b
+    recipe = override(Recipe("r", {"a": a, "b": b, "c": Count(start=b)}), {"a": {"steps": 9}})
+    assert recipe.stages["c"].start is recipe.stages["b"]  # type: ignore[attr-defined]
+    assert (recipe.stages["a"].steps, recipe.stages["b"].steps) == (9, 3)  # type: ignore[attr-defined]
+
+
+def test_override_reaches_readers_at_any_depth_and_leaves_the_original():
+    recipe = chain()
+    new = override(recipe, {"first": {"steps": 7}})
+    last, second, first = (new.stages[name] for name in ("last", "second", "first"))
+    assert first.steps == 7 and recipe.stages["first"].steps == 2  # type: ignore[attr-defined]
+    assert second.start is first and last.start is second and last.others == (first, second)  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="did you mean 'steps'"):
+        override(recipe, {"first": {"step": 7}})
+    with pytest.raises(ConfigError, match="did you mean 'first'"):
+        override(recipe, {"frist": {"steps": 7}})
+
+
+# ---------------------------------------------------------------------------- keys
+
+
+def keys(recipe: Recipe, seed: int = 0, tiny: bool = False) -> list[str]:
+    return [described["key"] for described in describe(ordered(recipe), seed=seed, tiny=tiny).values()]
+
+
+def test_a_key_covers_all_that_decides_a_result(tmp_path: Path):
+    base = keys(chain())
+    assert keys(chain()) == base and len(set(base)) == 3
+    later = keys(override(chain(), {"second": {"rate": 2.0}}))
+    assert [a == b for a, b in zip(base, later, strict=True)] == [True, False, False]
+    assert not set(keys(chain(), seed=1)) & set(base) and not set(keys(chain(), tiny=True)) & set(base)
+    file, copy = tmp_path / "a" / "rows.jsonl", tmp_path / "b" / "rows.jsonl"
+    for path in (file, copy):
+        path.parent.mkdir()
+        path.write_text("1\n")
+    before = keys(override(chain(), {"first": {"data": str(file)}}))
+    file.write_text("2\n")
+    assert not set(keys(override(chain(), {"first": {"data": str(file)}}))) & set(before)
+
+
+def test_a_missing_data_file_is_named():
+    with pytest.raises(ConfigError, match=r"can't read the data file 'nowhere.jsonl': No such file"):
+        keys(override(chain(), {"first": {"data": "nowhere.jsonl"}}))
+
+
+def test_a_key_is_the_same_in_another_process():
+    code = "from toys import chain; from posttrain.graph import describe, ordered; "
+    code += "print(describe(ordered(chain()), seed=0, tiny=False)['last']['key'])"
+    other = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True)
+    assert other.stdout.strip() == keys(chain())[2]
+
+
+def test_a_value_without_stable_text_is_refused_and_a_function_is_its_import_path():
+    def of(value: object) -> object:
+        recipe = Recipe("r", {"a": Count(label=value)})  # type: ignore[arg-type]
+        return describe(ordered(recipe), seed=0, tiny=False)["a"]["config"]["label"]
+
+    assert of(duration) == "posttrain.runner:duration"
+    assert of({Path("x"): (1, frozenset({"b", "a"}))}) == {"x": [1, ["a", "b"]]}
+    for value in (lambda: 1, object()):
+        with pytest.raises(ConfigError, match=r"field 'label'.*stable text"):
+            of(value)
+
+
+# ---------------------------------------------------------------------------- runs
+
+
+def test_a_run_leaves_its_record_and_a_second_one_computes_nothing(tmp_path: Path, console: Console):
+    run = run_recipe(chain(), root=tmp_path, console=console, seed=1, command="posttrain run chain")
+    assert run == tmp_path / "chain"
+    # first: 2 steps of 2; second: 4 + 3 steps of 2; last: second + first + second + 1 step of 2
+    assert [total(run / name) for name in ("first", "second", "last")] == [4, 10, 10 + 4 + 10 + 2]
+    record = json.loads((run / "run.json").read_text())
+    assert record["command"] == "posttrain run chain" and record["seed"] == 1
+    assert set(record["versions"]) == {"python", "posttrain", "torch", "transformers"}
+    assert (
+        record["hardware"]["threads"] >= 1
+        and record["hardware"]["memory"] > 0.1
+        and record["hardware"]["cpu"]
+    )
+    assert record["stages"]["last"]["inputs"] == {
+        "start": "second",
+        "others.0": "first",
+        "others.1": "second",
+    }
+    assert record["stages"]["first"]["config"]["betas"] == [0.9, 0.99]
+    done = json.loads((run / "second" / "done.json").read_text())
+    assert done["key"] == json.loads((run / "second" / "stage.json").read_text())["key"]
+    assert done["outputs"] == {"total.json": 4}  # checkpoints are no outputs
+    before = calls(run)
+    run_recipe(chain(), root=tmp_path, console=console, seed=1)
+    assert calls(run) == before == ["first from 0", "second from 0", "last from 0"]
+    assert text(console).count("skipped") == 3
+    assert json.loads((run / "run.json").read_text())["created"] == record["created"]
+
+
+def test_until_stops_after_a_stage(tmp_path: Path, console: Console):
+    run = run_recipe(chain(), root=tmp_path, console=console, until="second")
+    assert calls(run) == ["first from 0", "second from 0"]
+    with pytest.raises(ConfigError, match="did you mean 'second'"):
+        run_recipe(chain(), root=tmp_path, console=console, until="secnd")
+
+
+@pytest.mark.parametrize(
+    "fault, code, words",
+    [
+        ("sigint", 130, "stopped by Ctrl-C"),
+        ("sigterm", 143, "stopped by SIGTERM"),
+        ("disk", 1, "the disk is full"),
+        ("memory", 1, "out of memory"),
+        ("torch", 1, "out of memory"),
+    ],
+)
+def test_what_stops_a_run_is_one_line_and_the_run_goes_on(
+    tmp_path: Path, console: Console, fault: str, code: int, words: str
+):
+    recipe = chain(fault=fault)
+    with pytest.raises(Stopped) as stopped:
+        run_recipe(recipe, root=tmp_path, console=console, command="posttrain run chain --x 'a b'")
+    run = tmp_path / "chain"
+    assert stopped.value.code == code
+    assert text(console).splitlines()[-1] == stopped.value.line
+    assert stopped.value.line.startswith(f"posttrain: {words}") and "stage 'second'" in stopped.value.line
+    assert stopped.value.line.endswith("go on with: posttrain run chain --x 'a b'")
+    assert not (run / "second" / "done.json").exists()
+    run_recipe(recipe, root=tmp_path, console=console)
+    assert calls(run) == ["first from 0", "second from 0", "second from 1", "last from 0"]
+    assert total(run / "second") == 5
+    assert "second: was cut off, continues" in text(console)
+
+
+@pytest.mark.parametrize("fault, kind", [("bug", ZeroDivisionError), ("config", ConfigError)])
+def test_other_errors_pass_after_a_line_that_says_where(
+    tmp_path: Path, console: Console, fault: str, kind: type
+):
+    with pytest.raises(kind):
+        run_recipe(chain(fault=fault), root=tmp_path, console=console, command="again")
+    assert "stage 'second'" in text(console) and "once repaired, go on with: again" in text(console)
+
+
+def test_seconds_add_up_over_attempts(tmp_path: Path, console: Console):
+    with pytest.raises(Stopped):
+        run_recipe(chain(fault="ctrl-c"), root=tmp_path, console=console)
+    described = json.loads((tmp_path / "chain" / "second" / "stage.json").read_text())
+    write_json(tmp_path / "chain" / "second" / "stage.json", described | {"seconds": 100.0})
+    run_recipe(chain(fault="ctrl-c"), root=tmp_path, console=console)
+    assert 100 < json.loads((tmp_path / "chain" / "second" / "done.json").read_text())["seconds"] < 110
+
+
+def test_changed_settings_clear_a_stage_and_its_readers_and_say_so_first(tmp_path: Path, console: Console):
+    run = run_recipe(chain(), root=tmp_path, console=console)
+    (run / "second" / "old.txt").touch()
+    console.file = io.StringIO()
+    run_recipe(override(chain(), {"second": {"rate": 2.0}}), root=tmp_path, console=console)
+    lines = text(console).splitlines()
+    assert "second will be cleared and run again: rate was 1.0, is 2.0" in lines[0]
+    assert "last will be cleared and run again: an input changed" in lines[1]
+    assert "first: finished earlier" in lines[2]
+    assert calls(run)[3:] == ["second from 0", "last from 0"]
+    assert not (run / "second" / "old.txt").exists() and not list(run.glob(".cleared-*"))
+
+
+def test_a_lost_output_is_made_again(tmp_path: Path, console: Console):
+    run = run_recipe(chain(), root=tmp_path, console=console)
+    (run / "first" / "total.json").unlink()
+    run_recipe(chain(), root=tmp_path, console=console)
+    assert "its output total.json is gone" in text(console)
+    assert calls(run)[3:] == ["first from 0"]  # its readers' keys are as they were
+
+
+def test_a_directory_that_is_no_stage_is_never_cleared(tmp_path: Path, console: Console):
+    (tmp_path / "chain" / "first").mkdir(parents=True)
+    (tmp_path / "chain" / "first" / "thesis.tex").touch()
+    with pytest.raises(ConfigError, match=r"thesis.tex.*no stage.json"):
+        run_recipe(chain(), root=tmp_path, console=console)
+    assert (tmp_path / "chain" / "first" / "thesis.tex").exists()
+
+
+def test_a_stage_is_checked_before_anything_is_written(tmp_path: Path, console: Console):
+    with pytest.raises(ConfigError, match="nobody"):
+        run_recipe(override(chain(), {"last": {"label": "nobody"}}), root=tmp_path / "runs", console=console)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_two_runs_in_one_directory_are_refused_and_a_dead_one_is_taken_over(tmp_path: Path, console: Console):
+    run = tmp_path / "chain"
+    run.mkdir()
+    with _locked(run, console), pytest.raises(ConfigError, match=f"process {os.getpid()} works on"):
+        run_recipe(chain(), root=tmp_path, console=console)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (run / ".lock").write_text(str(dead.pid))
+    run_recipe(chain(), root=tmp_path, console=console)
+    assert f"process {dead.pid} died" in text(console) and (run / ".lock").read_text() == ""
+
+
+def test_tiny_runs_do_not_touch_the_full_ones_and_names_stay_inside(tmp_path: Path, console: Console):
+    assert run_recipe(chain(), root=tmp_path, console=console, tiny=True).name == "chain-tiny"
+    for name in ("../x", "a/b", ".."):
+        with pytest.raises(ConfigError, match="run name"):
+            run_recipe(chain(), root=tmp_path, name=name, console=console)
+
+
+def test_a_killed_process_can_be_continued(tmp_path: Path, console: Console):
+    script = "import sys; from pathlib import Path; from toys import chain; from posttrain.runner import *; "
+    script += "run_recipe(chain(fault='kill'), root=Path(sys.argv[1]))"
+    child = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=HERE, capture_output=True)
+    assert child.returncode == -signal.SIGKILL
+    run = run_recipe(chain(fault="kill"), root=tmp_path, console=console)
+    assert calls(run) == ["first from 0", "second from 0", "second from 1", "last from 0"]
+    assert total(run / "second") == 5 and "died while it worked on" in text(console)
+
+
+def test_the_signal_handler_is_put_back(tmp_path: Path, console: Console):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped):
+        run_recipe(chain(fault="sigterm"), root=tmp_path, console=console)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_json_is_replaced_whole(tmp_path: Path):
+    path = tmp_path / "a.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_other_errors_are_no_stop():
+    assert stop_cause(ValueError("x")) is None and stop_cause(OSError(2, "no file")) is None
+    assert stop_cause(Exception("I/O error: No space left on device (os error 28)")) is not None
+
+
+# ---------------------------------------------------------------------------- dry run
+
+
+def test_dry_run_shows_the_graph_and_forecasts(console: Console):
+    dry_run(chain(), console=console)
+    shown = text(console)
+    assert "counts [three] times" in shown and "second, first, second" in shown
+    assert "3,600,000" in shown  # tokens of all stages
+    assert "first: counts" in shown and "GFLOP/s" in shown
+    dry_run(replace(chain(), stages={"first": _Huge()}), console=console)
+    assert "warning: needs 1000000.0 GiB" in text(console)
+
+
+class _Huge(Stage):
+    def plan(self):  # type: ignore[override]
+        return replace(super().plan(), memory=1e6 * 1024**3)
+
+
+def test_dry_run_does_not_import_torch():
+    code = "import sys; from toys import chain; from posttrain.runner import dry_run; dry_run(chain()); "
+    code += "assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True, capture_output=True)
