@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import posttrain
 from posttrain.arguments import convert, flag, flags, keyword_options, split, type_name
 from posttrain.errors import ConfigError, PosttrainError, suggest
+from posttrain.machine import keep_freed_memory, yield_between_kernels
 from posttrain.registry import RECIPES
 
 if TYPE_CHECKING:
@@ -122,6 +123,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return the exit status (a run that was stopped raises its own, `Stopped`)."""
+    yield_between_kernels()
+    keep_freed_memory()
     try:
         dispatch(sys.argv[1:] if argv is None else argv)
     except PosttrainError as error:

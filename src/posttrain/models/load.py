@@ -157,7 +157,7 @@ def load_reward(path: str, *, dtype: torch.dtype) -> Model:
     """Load a reward model saved as ``ForSequenceClassification`` with one label."""
     hf_logging.disable_progress_bar()
     net = _prepare(AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype))
-    score: Any = net.score
+    score: Any = net.score.float()  # a score in bf16 has two digits
     if net.config.num_labels != 1:
         raise ModelError(f"'{path}' has {net.config.num_labels} labels; a scalar reward model has 1")
     return Model(net, scalar=score)
@@ -169,7 +169,7 @@ def new_reward(path: str, *, dtype: torch.dtype, seed: int = 0, lora: adapters.L
     hf_logging.set_verbosity_error()  # transformers reports the new head as missing; it is meant to be
     net = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, num_labels=1)
     hf_logging.set_verbosity_warning()
-    score: Any = net.score
+    score: Any = net.score.float()
     width = score.weight.shape[1]
     noise = torch.randn(1, width, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
@@ -190,11 +190,16 @@ def role(model: Model, name: str, *, lora: adapters.Lora | None, seed: int) -> M
     return replace(model, adapter=None if lora is None else name, trained=True)
 
 
-def value_role(reward: Model, *, lora: adapters.Lora | None, seed: int) -> Model:
-    """A critic that starts as the reward model: an adapter on its trunk and a copy of its head (InstructGPT, appendix C.4)."""
+def value_role(reward: Model, *, lora: adapters.Lora | None, seed: int, head_only: bool = False) -> Model:
+    """A critic that starts as the reward model: an adapter on its trunk and a copy of its head (InstructGPT, appendix C.4).
+
+    With ``head_only`` the trunk stays the reward model's own and only the copied head is trained.
+    """
     assert reward.scalar is not None
     head = nn.Linear(reward.scalar.in_features, 1, bias=False, dtype=reward.scalar.weight.dtype)
     head.load_state_dict(reward.scalar.state_dict())
+    if head_only:
+        return replace(reward, scalar=head, trained=True, head_only=True)
     return role(replace(reward, scalar=head), "value", lora=lora, seed=seed)
 
 

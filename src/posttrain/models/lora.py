@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from posttrain.errors import ModelError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,3 +102,21 @@ def save_adapter(net: nn.Module, name: str, directory: Path, base: str, lora: Lo
         "inference_mode": True,
     }
     (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_adapter(net: nn.Module, trunk: nn.Module, name: str, directory: Path) -> None:
+    """Put an adapter that `save_adapter` wrote onto a network, frozen.
+
+    Raises:
+        ModelError: the file has other tensors than the network takes.
+    """
+    config = json.loads((directory / "adapter_config.json").read_text())
+    add_adapter(net, trunk, name, Lora(rank=config["r"], alpha=config["lora_alpha"]), seed=0)
+    tensors = load_file(directory / "adapter_model.safetensors")
+    own = {f"base_model.model.{path.replace(f'.{name}.', '.')}": p for path, p in parameters(net, name).items()}
+    if own.keys() != tensors.keys():
+        odd = sorted(own.keys() ^ tensors.keys())[:3]
+        raise ModelError(f"adapter '{directory}' does not fit this network: {odd} are on one side only")
+    for key, parameter in own.items():
+        parameter.data.copy_(tensors[key])
+        parameter.requires_grad_(False)

@@ -25,6 +25,7 @@ class Model:
         adapter: the LoRA adapter that is on in this role; None = the base alone.
         scalar: the head of a reward or value role, ``[d] -> 1``.
         trained: whether the role's own parameters are optimised (all of the network if ``adapter`` is None).
+        head_only: of the role's parameters only those of ``scalar`` are optimised.
         plain: compute every row by itself, for networks where shared prompts were found not to be exact.
     """
 
@@ -32,6 +33,7 @@ class Model:
     adapter: str | None = None
     scalar: nn.Linear | None = None
     trained: bool = False
+    head_only: bool = False
     plain: bool = False
 
     @property
@@ -48,8 +50,10 @@ class Model:
         """Trained tensors by name; empty if the role is not trained."""
         if not self.trained:
             return {}
-        own = adapters.parameters(self.net, self.adapter) if self.adapter else _trunk_and_head(self)
         scalar = {f"scalar.{k}": p for k, p in self.scalar.named_parameters()} if self.scalar is not None else {}
+        if self.head_only:
+            return scalar
+        own = adapters.parameters(self.net, self.adapter) if self.adapter else _trunk_and_head(self)
         return own | scalar
 
 
@@ -94,9 +98,9 @@ def forward_stats(
     if model.scalar is not None:
         dtype = torch.promote_types(states.dtype, torch.float32)
         if "score" in want:
-            out["score"] = model.scalar(states[forest.end]).to(dtype)[:, 0]
+            out["score"] = model.scalar(states.index_select(0, forest.end).to(dtype))[:, 0]
         if "value" in want:
-            out["value"] = model.scalar(states.index_select(0, forest.source)).to(dtype)[:, 0]
+            out["value"] = model.scalar(states.index_select(0, forest.source).to(dtype))[:, 0]
     token_wants = want - {"score", "value"}
     if token_wants:
         keep = torch.arange(len(forest.target)) if mask is None else mask.nonzero()[:, 0]

@@ -11,10 +11,13 @@ from typing import Any
 import torch
 
 from posttrain.data import read_jsonl, resolve_data, stop_ids
-from posttrain.errors import ConfigError, suggest
+from posttrain.errors import ConfigError, DataError, suggest
 from posttrain.models.load import Found, cache_dir, find_model, load_generation_config, load_tokenizer
 from posttrain.stages import Context, Stage, stage_model
 from posttrain.types import Example
+
+
+FAULTY = 0.02  # a larger share of rows that can't be read is a wrong file, not a flawed one
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,13 @@ def load_examples(stage: Any, ctx: Context, part: str) -> list[Example]:
     files = data_files(stage.data, _root_model(stage))
     if part not in files:
         raise ConfigError(f"data '{stage.data}' has no {part}; {suggest(part, files)}; expected a file {part}.jsonl")
-    return read_jsonl(files[part], limit=getattr(stage, "limit", None))
+    faults: list[DataError] = []
+    examples = read_jsonl(files[part], limit=getattr(stage, "limit", None), faults=faults)
+    if len(faults) > FAULTY * (len(examples) + len(faults)):
+        raise DataError(f"{files[part]}: {len(faults)} of {len(examples) + len(faults)} rows are faulty, more than {FAULTY:.0%}; first: {faults[0]}")
+    if faults:
+        ctx.console.print(f"[yellow]{len(faults)} faulty rows left out of {len(examples) + len(faults)}; first: {faults[0]}[/]")
+    return examples
 
 
 def _root_model(stage: Stage) -> str | None:

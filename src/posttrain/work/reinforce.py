@@ -1,0 +1,131 @@
+"""Reinforcement learning of a policy against a reward model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from posttrain.data.collate import prompt_ids
+from posttrain.losses.policy import ppo_clip
+from posttrain.models.load import load_policy, load_reward, save_merged, value_role
+from posttrain.models.lora import Lora, save_adapter
+from posttrain.models.policy import Model
+from posttrain.rewards.model import reward_model
+from posttrain.rollout.engine import Sampling
+from posttrain.rollout.local import LocalEngine
+from posttrain.stages import Context, Reinforce
+from posttrain.train.log import JsonLines
+from posttrain.train.loop import fit
+from posttrain.train.objectives import PolicyGradient
+from posttrain.train.optim import Optim
+from posttrain.train.rollouts import Plan, RolloutSource
+from posttrain.work.inputs import choose_dtype, load_examples, start_from
+from posttrain.work.supervised import adapters, training_run
+
+
+def run(stage: Reinforce, ctx: Context) -> None:
+    """Sample, score, update; then write the policy."""
+    start = start_from(stage.model, ctx)
+    dtype = choose_dtype(stage.dtype)
+    policy = load_policy(start.path, dtype=dtype, lora=adapters(stage), train=True, seed=ctx.seed)
+    reference = Model(policy.net) if policy.adapter else load_policy(start.path, dtype=dtype)
+    scorer = load_reward(str(ctx.inputs["reward"]), dtype=dtype)
+    mean = json.loads((ctx.inputs["reward"] / "reward.json").read_text())["mean"]
+    value = critic(stage, scorer, ctx)
+    examples = load_examples(stage, ctx, "prompts")
+    ids, report = prompt_ids(start.tokenizer, examples, max_length=stage.max_length, overlong=stage.overlong)
+    ctx.console.print(f"prompts: {report}", highlight=False)
+    samples = SamplesFile(ctx.dir / "samples.jsonl")
+    source = RolloutSource(
+        plan=plan(stage, ctx.seed),
+        examples=[examples[i] for i in report.index],
+        prompt_ids=ids,
+        engine=LocalEngine(policy, start.stop_ids, stage.slots),
+        reward=reward_model(scorer, mean=mean, max_tokens=2 * stage.max_tokens),
+        reference=reference,
+        value=value,
+        decode=start.decode,
+        on_samples=samples.write,
+    )
+    objective = PolicyGradient(
+        loss=partial(ppo_clip, clip=stage.clip),
+        clip=stage.clip,
+        value_clip=stage.value_clip,
+        temperature=stage.temperature,
+        # bf16 rounds the logits of sampler and trainer apart; the ratio stays right, being taken to the sampler's own
+        ratio_tolerance=1e-4 if dtype == torch.float32 else 0.1,
+    )
+    optim = Optim(lr=stage.lr, role_lr={"value": stage.value_lr}, schedule=stage.schedule, warmup_steps=stage.warmup_steps)
+    fit({"policy": policy, "value": value}, objective, source, optim=optim, run=training_run(stage, ctx, stage.steps, "reinforce"))
+    save(policy, stage, start.path, ctx.dir, start.tokenizer)
+
+
+def critic(stage: Reinforce, scorer: Model, ctx: Context) -> Model:
+    """The value role on the reward model's network, which keeps scoring with its adapter off.
+
+    A critic trained as a whole gets a network of its own.
+    """
+    if stage.lora_rank and not stage.value_rank:
+        return value_role(scorer, lora=None, seed=ctx.seed, head_only=True)
+    if stage.lora_rank:
+        return value_role(scorer, lora=Lora(rank=stage.value_rank, alpha=2 * stage.value_rank), seed=ctx.seed + 1)
+    own = load_reward(str(ctx.inputs["reward"]), dtype=choose_dtype(stage.dtype))
+    return value_role(own, lora=None, seed=ctx.seed + 1)
+
+
+def plan(stage: Reinforce, seed: int) -> Plan:
+    """The stage's numbers as a rollout plan."""
+    return Plan(
+        prompts=stage.prompts_per_step,
+        samples=stage.samples_per_prompt,
+        updates=stage.updates_per_rollout,
+        sampling=Sampling(max_new_tokens=stage.max_new_tokens, temperature=stage.temperature),
+        kl=stage.kl,
+        gamma=stage.gamma,
+        lam=stage.lam,
+        whiten_rewards=stage.whiten_rewards,
+        cut_score=stage.cut_score,
+        seed=seed,
+        max_tokens=2 * stage.max_tokens,
+    )
+
+
+class SamplesFile:
+    """``samples.jsonl``, opened at the first write so that a resumed run cuts it back to where it goes on."""
+
+    def __init__(self, path: Path) -> None:
+        """Write to ``path``."""
+        self.path = path
+        self.lines: JsonLines | None = None
+
+    def write(self, step: int, records: list[dict[str, Any]]) -> None:
+        """Append the responses of a rollout."""
+        self.lines = self.lines or JsonLines(self.path, step)
+        for record in records:
+            self.lines.write(step, record)
+
+
+def save(policy: Model, stage: Reinforce, base: str, directory: Path, tokenizer: Any) -> None:
+    """Write the adapter for peft, or the whole model."""
+    if policy.adapter is None:
+        save_merged(policy, base, directory / "policy", tokenizer)
+        return
+    shape = Lora(rank=stage.lora_rank, alpha=stage.lora_alpha)
+    save_adapter(policy.net, policy.adapter, directory / "policy", str(base), shape)
+    tokenizer.save_pretrained(directory / "policy")
+
+
+def load_trained(directory: Path, base: str, dtype: torch.dtype) -> Model:
+    """Load what `save` wrote: the base with the adapter on, or the model directory."""
+    if not (directory / "adapter_config.json").exists():
+        return load_policy(str(directory), dtype=dtype)
+    from posttrain.models.lora import load_adapter
+
+    model = load_policy(base, dtype=dtype)
+    load_adapter(model.net, model.net.base_model, "policy", directory)
+    return replace(model, adapter="policy")
