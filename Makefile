@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+WEIGHTS := src/posttrain/models/weights
 
 .PHONY: env demo small test lint types
 .DEFAULT_GOAL := env
@@ -24,7 +25,13 @@ demo: env
 	$(BIN)/posttrain run instructgpt
 
 small: env
-	$(BIN)/posttrain run small
+	OMP_NUM_THREADS=1 $(BIN)/posttrain run small  # one thread, so that sums have one order
+	@for form in base instruct; do \
+	  mkdir -p $(WEIGHTS)/small-$$form; \
+	  for file in config.json generation_config.json model.safetensors tokenizer.json tokenizer_config.json chat_template.jinja; do \
+	    cp runs/small/$$form/$$file $(WEIGHTS)/small-$$form/; \
+	  done; \
+	done
 
 test: env
 	$(BIN)/python -m pytest

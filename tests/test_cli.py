@@ -103,9 +103,7 @@ def test_an_unknown_run_is_compared_with_those_there(capsys: pytest.CaptureFixtu
 
 
 def test_options_and_overrides_reach_the_stages(capsys: pytest.CaptureFixture[str]):
-    text = (
-        "--width 4 --name x --seed=1 --second.rate -0.5 --first.label none --last.flip TRUE --first.mode down"
-    )
+    text = "--width 4 --name x --seed=1 --second.rate -0.5 --first.label none --last.flip TRUE --first.mode down"
     text += " --last.betas 0.5,0.25 --until last --second.label a,b"
     assert cli.main(["run", CHAIN, *text.split()]) == 0
     first, second, last = (described(name, "x")["config"] for name in ("first", "second", "last"))
@@ -122,9 +120,7 @@ def test_a_dry_run_writes_nothing(capsys: pytest.CaptureFixture[str], here: Path
     assert "forecast" in capsys.readouterr().out and not list(here.iterdir())
 
 
-@pytest.mark.parametrize(
-    "args", ["", "--help", "-h", "help", "run --help", "show -h", "list --help", "doctor --help"]
-)
+@pytest.mark.parametrize("args", ["", "--help", "-h", "help", "run --help", "show -h", "list --help", "doctor --help"])
 def test_help_is_no_error(args: str, capsys: pytest.CaptureFixture[str]):
     assert cli.main(args.split()) == 0
     assert capsys.readouterr().out.startswith("usage: posttrain")
@@ -207,9 +203,7 @@ def test_text_becomes_the_annotated_type(text: str, kind: object, value: object)
     assert found == value and type(found) is type(value)
 
 
-@pytest.mark.parametrize(
-    "text, kind", [("3.5", int), ("", int), ("true", int), ("1", bool), ("x", int | None)]
-)
+@pytest.mark.parametrize("text, kind", [("3.5", int), ("", int), ("true", int), ("1", bool), ("x", int | None)])
 def test_text_of_another_type_is_refused(text: str, kind: object):
     with pytest.raises(ConfigError, match=f"got '{text}', expected"):
         convert(text, kind, "x")

@@ -79,9 +79,7 @@ def test_imports_run_downward_only():
             other = name.partition(".")[0]
             below, _ = PLACE[other]
             if below >= floor and other not in group:
-                wrong.append(
-                    f"{path.relative_to(ROOT)}:{line} (floor {floor}) imports {name} (floor {below})"
-                )
+                wrong.append(f"{path.relative_to(ROOT)}:{line} (floor {floor}) imports {name} (floor {below})")
     assert not wrong, "\n".join(wrong)
 
 
@@ -114,15 +112,9 @@ def test_nothing_is_unpickled_or_evaluated():
                 bad = node.id
             elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 dotted = f"{node.value.id}.{node.attr}"
-                bad = (
-                    dotted if dotted in ("torch.load", "torch.save", "builtins.eval", "builtins.exec") else ""
-                )
+                bad = dotted if dotted in ("torch.load", "torch.save", "builtins.eval", "builtins.exec") else ""
             elif isinstance(node, ast.keyword) and node.arg == "allow_pickle":
-                bad = (
-                    ""
-                    if isinstance(node.value, ast.Constant) and node.value.value is False
-                    else "allow_pickle"
-                )
+                bad = "" if isinstance(node.value, ast.Constant) and node.value.value is False else "allow_pickle"
             if bad:
                 wrong.append(f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)} {bad}")
     assert not wrong, "\n".join(wrong)
@@ -132,9 +124,7 @@ def test_files_stay_small():
     limits = {path: 60 if part(path) == "recipes" else 400 for path in FILES}
     limits[PACKAGE / "train" / "loop.py"] = 200
     lengths = {path: len(path.read_text().splitlines()) for path in FILES}
-    wrong = [
-        f"{path.relative_to(ROOT)}: {n} > {limits[path]}" for path, n in lengths.items() if n > limits[path]
-    ]
+    wrong = [f"{path.relative_to(ROOT)}: {n} > {limits[path]}" for path, n in lengths.items() if n > limits[path]]
     assert not wrong, "\n".join(wrong)
 
 
@@ -162,18 +152,14 @@ def test_the_training_loop_names_no_algorithm():
 
 @pytest.mark.parametrize("module", ["posttrain", "posttrain.cli"])
 def test_importing_loads_neither_torch_nor_transformers(module: str):
-    code = (
-        f"import sys, {module}; print({{'torch', 'transformers', 'matplotlib'}} & set(sys.modules) or 'none')"
-    )
+    code = f"import sys, {module}; print({{'torch', 'transformers', 'matplotlib'}} & set(sys.modules) or 'none')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "none"
 
 
 def test_public_names_are_those_recorded_and_load():
     recorded = (ROOT / "tests" / "public_names.txt").read_text().split()
-    assert sorted(posttrain.__all__) == recorded, (
-        "a public name came or went: say so in CHANGELOG.md, then record it"
-    )
+    assert sorted(posttrain.__all__) == recorded, "a public name came or went: say so in CHANGELOG.md, then record it"
     assert all(getattr(posttrain, name) is not None for name in recorded)
     assert set(dir(posttrain)) >= set(recorded)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

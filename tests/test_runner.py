@@ -46,9 +46,7 @@ def test_inputs_come_before_readers_whatever_the_order_in_the_recipe():
 
 def test_faults_of_a_graph_are_named():
     first = Count()
-    with pytest.raises(
-        ConfigError, match="stage 'b': field 'start' refers to a Count that is not in the recipe"
-    ):
+    with pytest.raises(ConfigError, match="stage 'b': field 'start' refers to a Count that is not in the recipe"):
         ordered(Recipe("r", {"b": Count(start=first)}))
     loop = Count()
     other = Count(start=loop)
@@ -140,11 +138,7 @@ def test_a_run_leaves_its_record_and_a_second_one_computes_nothing(tmp_path: Pat
     record = json.loads((run / "run.json").read_text())
     assert record["command"] == "posttrain run chain" and record["seed"] == 1
     assert set(record["versions"]) == {"python", "posttrain", "torch", "transformers"}
-    assert (
-        record["hardware"]["threads"] >= 1
-        and record["hardware"]["memory"] > 0.1
-        and record["hardware"]["cpu"]
-    )
+    assert record["hardware"]["threads"] >= 1 and record["hardware"]["memory"] > 0.1 and record["hardware"]["cpu"]
     assert record["stages"]["last"]["inputs"] == {
         "start": "second",
         "others.0": "first",
@@ -197,9 +191,7 @@ def test_what_stops_a_run_is_one_line_and_the_run_goes_on(
 
 
 @pytest.mark.parametrize("fault, kind", [("bug", ZeroDivisionError), ("config", ConfigError)])
-def test_other_errors_pass_after_a_line_that_says_where(
-    tmp_path: Path, console: Console, fault: str, kind: type
-):
+def test_other_errors_pass_after_a_line_that_says_where(tmp_path: Path, console: Console, fault: str, kind: type):
     with pytest.raises(kind):
         run_recipe(chain(fault=fault), root=tmp_path, console=console, command="again")
     assert "stage 'second'" in text(console) and "once repaired, go on with: again" in text(console)

@@ -80,9 +80,7 @@ def strike(fault: str) -> None:
     }[fault]
 
 
-def chain(
-    model: str = "toy", data: str = "default", width: int = 2, fault: str = "", data_file: str = ""
-) -> Recipe:
+def chain(model: str = "toy", data: str = "default", width: int = 2, fault: str = "", data_file: str = "") -> Recipe:
     """Three stages: the last reads the second and, in a tuple, the first two."""
     if model != "toy":
         raise ConfigError(f"unknown model '{model}'; did you mean 'toy'?")

@@ -60,9 +60,7 @@ def run(
         runner.dry_run(chosen, until=until, console=console, tiny=tiny)
         return
     again = command_line()
-    runner.run_recipe(
-        chosen, root=RUNS, name=name, until=until, console=console, seed=seed, tiny=tiny, command=again
-    )
+    runner.run_recipe(chosen, root=RUNS, name=name, until=until, console=console, seed=seed, tiny=tiny, command=again)
 
 
 def show(run: str, /) -> None:
@@ -144,9 +142,7 @@ def dispatch(args: list[str]) -> None:
         print(f"posttrain {posttrain.__version__}")
     elif args[0] not in COMMANDS:
         kind = "option" if args[0].startswith("-") else "command"
-        raise ConfigError(
-            f"unknown {kind} '{args[0]}'; {suggest(args[0], [*COMMANDS, '--help', '--version'])}"
-        )
+        raise ConfigError(f"unknown {kind} '{args[0]}'; {suggest(args[0], [*COMMANDS, '--help', '--version'])}")
     elif "-h" in args or "--help" in args:
         print(usage(args[0], [arg for arg in args[1:] if arg not in ("-h", "--help")]))
     else:
@@ -166,13 +162,9 @@ def build_recipe(name: str, more: Mapping[str, str | None]) -> Recipe:
     for key, option in options.items():
         if option.default is option.empty and key not in given:
             raise ConfigError(f"recipe '{name}' needs {flag(key)} {type_name(option.annotation).upper()}")
-    recipe = RECIPES[name](
-        **{key: convert(value, options[key].annotation, key) for key, value in given.items()}
-    )
+    recipe = RECIPES[name](**{key: convert(value, options[key].annotation, key) for key, value in given.items()})
     if not isinstance(recipe, Recipe):
-        raise ConfigError(
-            f"'{name}' returned a {type(recipe).__name__}; a recipe is a function that returns a Recipe"
-        )
+        raise ConfigError(f"'{name}' returned a {type(recipe).__name__}; a recipe is a function that returns a Recipe")
     changes: dict[str, dict[str, Any]] = {}
     for key, value in more.items():
         stage, dot, field = key.partition(".")
@@ -180,9 +172,7 @@ def build_recipe(name: str, more: Mapping[str, str | None]) -> Recipe:
             changes.setdefault(stage, {})[field] = convert(value, field_type(recipe, stage, field), key)
         elif key not in options:
             owners = [
-                other
-                for other, item in recipe.stages.items()
-                if key in {f.name for f in dataclasses.fields(item)}
+                other for other, item in recipe.stages.items() if key in {f.name for f in dataclasses.fields(item)}
             ]
             known = [flag(other) for other in (*options, *keyword_options(run))]
             hint = f"did you mean '--{owners[0]}.{key}'?" if owners else suggest(flag(key), known)
@@ -193,15 +183,11 @@ def build_recipe(name: str, more: Mapping[str, str | None]) -> Recipe:
 def recipe_options(name: str) -> dict[str, inspect.Parameter]:
     """Return the parameters of a recipe function; each is an option."""
     if ":" in name and "" not in sys.path:
-        sys.path.insert(
-            0, ""
-        )  # module:function is looked for where the command is typed, as `python -m` does
+        sys.path.insert(0, "")  # module:function is looked for where the command is typed, as `python -m` does
     options = inspect.signature(RECIPES[name], eval_str=True).parameters
     for key in keyword_options(run):
         if key in options:
-            raise ConfigError(
-                f"recipe '{name}' has a parameter '{key}', an option of `posttrain run`; rename it"
-            )
+            raise ConfigError(f"recipe '{name}' has a parameter '{key}', an option of `posttrain run`; rename it")
     return dict(options)
 
 
@@ -221,9 +207,7 @@ def find_run(run: str) -> Path:
         if (path / "run.json").exists():
             return path
     known = [path.parent.name for path in RUNS.glob("*/run.json")]
-    raise ConfigError(
-        f"no run '{run}' (a name under {RUNS}/ or a directory with run.json); {suggest(run, known)}"
-    )
+    raise ConfigError(f"no run '{run}' (a name under {RUNS}/ or a directory with run.json); {suggest(run, known)}")
 
 
 def command_line() -> str:
@@ -254,9 +238,7 @@ def call(command: str, args: list[str]) -> None:
     if len(positional) < len(wanted):
         missing = wanted[len(positional)]
         known = f"; {suggest('', RECIPES)}" if missing == "recipe" else ""
-        raise ConfigError(
-            f"`posttrain {command}` needs a {missing}: posttrain {command} {missing.upper()}{known}"
-        )
+        raise ConfigError(f"`posttrain {command}` needs a {missing}: posttrain {command} {missing.upper()}{known}")
     if len(positional) > len(wanted):
         raise ConfigError(
             f"unexpected '{positional[len(wanted)]}'; options start with --, see posttrain {command} --help"
@@ -270,9 +252,7 @@ def call(command: str, args: list[str]) -> None:
 
 def overview() -> str:
     """Return the help of the whole command."""
-    lines = [
-        f"  {name:<8} {(inspect.getdoc(item) or '').partition(chr(10))[0]}" for name, item in COMMANDS.items()
-    ]
+    lines = [f"  {name:<8} {(inspect.getdoc(item) or '').partition(chr(10))[0]}" for name, item in COMMANDS.items()]
     about = (posttrain.__doc__ or "").partition("\n")[0]
     return "\n".join(["usage: posttrain COMMAND [ARGUMENTS] [--help] [--version]", "", about, "", *lines])
 
@@ -287,10 +267,7 @@ def usage(command: str, args: list[str]) -> str:
     if command == "run" and positional:
         options = recipe_options(positional[0])
         lines += ["", f"options of {positional[0]}:"]
-        lines += [
-            f"  {flag(key)} {type_name(item.annotation)} (now {item.default!r})"
-            for key, item in options.items()
-        ]
+        lines += [f"  {flag(key)} {type_name(item.annotation)} (now {item.default!r})" for key, item in options.items()]
         needed = any(item.default is item.empty for item in options.values())
         stages = {} if needed else build_recipe(positional[0], {}).stages
         lines += [line for name in stages for line in stage_usage(name, stages)]

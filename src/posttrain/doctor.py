@@ -7,7 +7,6 @@ import platform
 import re
 import shutil
 import sys
-import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -176,9 +175,7 @@ def print_report(found: dict[str, Any], console: Console) -> None:
     rows = {
         "python": found["python"],
         "system": found["system"],
-        "versions": "\n".join(
-            f"{name} {version or 'missing'}" for name, version in found["versions"].items()
-        ),
+        "versions": "\n".join(f"{name} {version or 'missing'}" for name, version in found["versions"].items()),
         "processor": f"{chip['model']}\n{chip['cores']} cores, torch uses {chip['threads']} threads",
         "instruction sets": flags,
         "matrix product": "\n".join(f"{kind}: {v:.0f} GFLOP/s" for kind, v in found["speed"].items()),

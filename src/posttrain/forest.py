@@ -130,7 +130,9 @@ def build_forest(rows: Sequence[Row]) -> Forest:
 def _check_row(index: int, row: Row, names: Sequence[str]) -> None:
     """Refuse rows that can't be packed; the message counts rows from 0 as the caller's list does."""
     if not row.prompt:
-        raise DataError(f"batch row {index}: the prompt has no tokens; a first response token needs one to be predicted from")
+        raise DataError(
+            f"batch row {index}: the prompt has no tokens; a first response token needs one to be predicted from"
+        )
     if not row.branches:
         raise DataError(f"batch row {index}: no responses; every tree needs at least one branch")
     for k, branch in enumerate(row.branches):

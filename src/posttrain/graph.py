@@ -50,24 +50,18 @@ def ordered(recipe: Recipe) -> dict[str, Stage]:
             return
         if name in path:
             loop = " -> ".join([*path[path.index(name) :], name])
-            raise ConfigError(
-                f"recipe '{recipe.name}': stages need each other ({loop}); refer to earlier stages only"
-            )
+            raise ConfigError(f"recipe '{recipe.name}': stages need each other ({loop}); refer to earlier stages only")
         path.append(name)
         for field, stage in stage_inputs(recipe.stages[name]).items():
             if id(stage) not in names:
                 problem = f"field '{field}' refers to a {type(stage).__name__} that is not in the recipe"
-                raise ConfigError(
-                    f"recipe '{recipe.name}', stage '{name}': {problem}; list it among the stages"
-                )
+                raise ConfigError(f"recipe '{recipe.name}', stage '{name}': {problem}; list it among the stages")
             visit(names[id(stage)])
         done[path.pop()] = recipe.stages[name]
 
     for name in recipe.stages:
         if not re.fullmatch(r"[A-Za-z0-9][\w-]*", name):
-            raise ConfigError(
-                f"recipe '{recipe.name}': got the stage name '{name}'; expected letters, digits, - or _"
-            )
+            raise ConfigError(f"recipe '{recipe.name}': got the stage name '{name}'; expected letters, digits, - or _")
         visit(name)
     return done
 

@@ -22,7 +22,11 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return False
-    done = [mallopt(_MMAP_THRESHOLD, 32 * 2**20), mallopt(_TRIM_THRESHOLD, 2**31 - 1), mallopt(_TOP_PAD, 256 * 2**20)]
+    done = [
+        mallopt(_MMAP_THRESHOLD, 32 * 2**20),
+        mallopt(_TRIM_THRESHOLD, 2**31 - 1),
+        mallopt(_TOP_PAD, 256 * 2**20),
+    ]
     return all(done)
 
 

@@ -110,12 +110,8 @@ def run_recipe(
                 head = f"[{number}/{len(stages)}] {stage_name}"
                 say(console, f"{head}: {_PROGRESS[what].format(why)}")
                 if what != "skip":
-                    inputs = {
-                        field: directory / other for field, other in described[stage_name]["inputs"].items()
-                    }
-                    ctx = Context(
-                        dir=directory / stage_name, inputs=inputs, console=console, seed=seed, tiny=tiny
-                    )
+                    inputs = {field: directory / other for field, other in described[stage_name]["inputs"].items()}
+                    ctx = Context(dir=directory / stage_name, inputs=inputs, console=console, seed=seed, tiny=tiny)
                     seconds = _run_stage(stage, ctx, described[stage_name], clear=what == "clear")
                     say(console, f"{head}: done in {duration(seconds)}")
         except BaseException as error:
@@ -160,9 +156,7 @@ def _run_stage(stage: Stage, ctx: Context, described: Mapping[str, Any], *, clea
 
 def _outputs(directory: Path) -> dict[str, int]:
     """List what a stage wrote, checkpoints left out: path -> bytes."""
-    found = {
-        str(path.relative_to(directory)): path for path in sorted(directory.rglob("*")) if path.is_file()
-    }
+    found = {str(path.relative_to(directory)): path for path in sorted(directory.rglob("*")) if path.is_file()}
     return {
         name: path.stat().st_size
         for name, path in found.items()
@@ -311,9 +305,7 @@ def duration(seconds: float) -> str:
 # ---------------------------------------------------------------------------- dry run
 
 
-def dry_run(
-    recipe: Recipe, *, until: str | None = None, console: Console | None = None, tiny: bool = False
-) -> None:
+def dry_run(recipe: Recipe, *, until: str | None = None, console: Console | None = None, tiny: bool = False) -> None:
     """Print the stages with forecasts of time and memory; loads no model, reads no data.
 
     minutes = flops / (`EFFICIENCY` x speed of a matrix product measured here, fp32 on the CPU) / 60
@@ -345,9 +337,7 @@ def dry_run(
         sum(plan.tokens for plan in plans.values()),
         max((plan.memory for plan in plans.values()), default=0),
     )
-    table.add_row(
-        "all", "", "", "", f"{tokens:,}", f"{sum(minutes.values()):.1f}", f"{peak / doctor.GIB:.1f}"
-    )
+    table.add_row("all", "", "", "", f"{tokens:,}", f"{sum(minutes.values()):.1f}", f"{peak / doctor.GIB:.1f}")
     console.print(table)
     for name, plan in plans.items():
         if plan.note:

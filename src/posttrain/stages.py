@@ -63,7 +63,11 @@ class Stage:
 
     def sized(self, tiny: bool) -> Any:
         """Return the stage as it will run: itself, or with the fields of ``TINY``."""
-        return replace(self, **{k: v for k, v in self.TINY.items() if not isinstance(getattr(self, k), Stage)}) if tiny else self
+        return (
+            replace(self, **{k: v for k, v in self.TINY.items() if not isinstance(getattr(self, k), Stage)})
+            if tiny
+            else self
+        )
 
     def plan(self) -> Plan:
         """Forecast the work without loading anything."""
@@ -116,7 +120,9 @@ class Training(Stage):
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ConfigError(f"got dtype '{self.dtype}'; expected auto, float32 or bfloat16")
         if self.lr <= 0 or self.lora_rank < 0 or self.max_tokens < 1:
-            raise ConfigError(f"got lr={self.lr}, lora_rank={self.lora_rank}, max_tokens={self.max_tokens}; expected lr > 0, rank >= 0, tokens >= 1")
+            raise ConfigError(
+                f"got lr={self.lr}, lora_rank={self.lora_rank}, max_tokens={self.max_tokens}; expected lr > 0, rank >= 0, tokens >= 1"
+            )
 
     def step_flops(self, tokens: float) -> float:
         """Forward and backward of ``tokens``: 6 operations a parameter, 4.4 when only adapters are trained."""
@@ -128,6 +134,30 @@ class Training(Stage):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Pretrain(Training):
+    """Train the small model from nothing on the small world's documents and dialogues, its tokenizer first.
+
+    ``documents`` counts each of the two kinds. Writes a plain model directory.
+    """
+
+    WORK: ClassVar[str] = "posttrain.work.pretrain:run"
+    lr: float = 3e-3
+    schedule: str = "linear"
+    dtype: str = "float32"
+    documents: int = 34000
+    rows_per_step: int = 16
+
+    def plan(self) -> Plan:
+        """1.8M parameters, 32 tokens a document."""
+        tokens = 2 * self.documents * 32
+        return Plan(rows=2 * self.documents, tokens=tokens, flops=6 * 1.8e6 * tokens, memory=1e9)
+
+    def files(self) -> list[Path]:
+        """Nothing is read: the documents are generated."""
+        return []
+
+
+@dataclass(frozen=True, kw_only=True)
 class SFT(Training):
     """Supervised fine-tuning on demonstrations (Ouyang et al. 2022, section 3.5: 16 epochs, cosine, batch 32 for 1.3B).
 
@@ -136,7 +166,13 @@ class SFT(Training):
 
     WORK: ClassVar[str] = "posttrain.work.supervised:run"
     DATA: ClassVar[tuple[str, ...]] = ("demonstrations",)
-    TINY: ClassVar[Mapping[str, Any]] = {"model": "small-base", "data": "smallworld", "lora_rank": 0, "lr": 1e-3, "epochs": 2.0}
+    TINY: ClassVar[Mapping[str, Any]] = {
+        "model": "small-base",
+        "data": "smallworld",
+        "lora_rank": 0,
+        "lr": 1e-3,
+        "epochs": 2.0,
+    }
     epochs: float = 16.0
     prompts_per_step: int = 32
 
@@ -157,7 +193,13 @@ class TrainReward(Training):
 
     WORK: ClassVar[str] = "posttrain.work.reward:run"
     DATA: ClassVar[tuple[str, ...]] = ("rankings", "demonstrations")
-    TINY: ClassVar[Mapping[str, Any]] = {"model": "small", "data": "smallworld", "lora_rank": 0, "lr": 1e-3, "epochs": 3.0}
+    TINY: ClassVar[Mapping[str, Any]] = {
+        "model": "small",
+        "data": "smallworld",
+        "lora_rank": 0,
+        "lr": 1e-3,
+        "epochs": 3.0,
+    }
     epochs: float = 1.0
     prompts_per_step: int = 64
     rows: tuple[int, int] | None = None
@@ -234,7 +276,12 @@ class Evaluate(Stage):
 
     WORK: ClassVar[str] = "posttrain.work.evaluate:run"
     DATA: ClassVar[tuple[str, ...]] = ("rankings", "heldout_rankings", "heldout_prompts")
-    TINY: ClassVar[Mapping[str, Any]] = {"base": "small-base", "data": "smallworld", "prompts": 16, "max_new_tokens": 32}
+    TINY: ClassVar[Mapping[str, Any]] = {
+        "base": "small-base",
+        "data": "smallworld",
+        "prompts": 16,
+        "max_new_tokens": 32,
+    }
     base: str = "smollm2"
     sft: Stage
     policy: Stage
@@ -254,7 +301,12 @@ class Evaluate(Stage):
         """Three policies sampled on 96 prompts, scored twice; 48 rankings scored three times."""
         rows = 3 * self.samples * (self.prompts or 96)
         tokens = int(rows * (50 / self.samples + 0.6 * self.max_new_tokens))
-        return Plan(rows=rows, tokens=tokens, flops=2 * PARAMETERS * (4 * tokens + 5 * 48 * 230), memory=PARAMETERS * 8 + 1e9)
+        return Plan(
+            rows=rows,
+            tokens=tokens,
+            flops=2 * PARAMETERS * (4 * tokens + 5 * 48 * 230),
+            memory=PARAMETERS * 8 + 1e9,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

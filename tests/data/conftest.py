@@ -96,9 +96,7 @@ def sentence_piece(special: list[AddedToken | str], template: str, prefix: str, 
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prefix, split=False)
-    tokenizer.add_special_tokens(
-        [t if isinstance(t, AddedToken) else AddedToken(t, normalized=False) for t in special]
-    )
+    tokenizer.add_special_tokens([t if isinstance(t, AddedToken) else AddedToken(t, normalized=False) for t in special])
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in plain])
     return wrap(tokenizer, template, unk_token="<unk>", **names)
 
@@ -139,9 +137,7 @@ def mistral(prefix: str = "prepend"):
 
 def phi3():
     """Control tokens that swallow the white space after them."""
-    special = [
-        AddedToken(f"<|{n}|>", rstrip=True, normalized=False) for n in ("system", "user", "assistant", "end")
-    ]
+    special = [AddedToken(f"<|{n}|>", rstrip=True, normalized=False) for n in ("system", "user", "assistant", "end")]
     special += ["<s>", "<|endoftext|>"]
     return sentence_piece(special, PHI3, "first", bos_token="<s>", eos_token="<|endoftext|>")
 

@@ -218,10 +218,7 @@ def test_trimming_templates_trim_spans_alike(llama3_tokenizer):
     assert rendered.ids == reference(llama3_tokenizer, pairs)
     assert trained(llama3_tokenizer, rendered) == ["General greeting!<|eot_id|>"]
     prompt, answer = turns(pairs[:1]), turns(pairs[1:])
-    assert (
-        render_prompt(llama3_tokenizer, prompt) + render_response(llama3_tokenizer, prompt, answer)
-        == rendered.ids
-    )
+    assert render_prompt(llama3_tokenizer, prompt) + render_response(llama3_tokenizer, prompt, answer) == rendered.ids
 
 
 def test_white_space_that_control_tokens_swallow_stays_in_answers():

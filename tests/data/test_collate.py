@@ -62,8 +62,7 @@ def test_earlier_turns_train_only_when_they_say_so(smol_tokenizer):
     (branch,) = long.branches
     assert list(long.prompt) + list(branch.ids) == list(short.prompt) + list(short.branches[0].ids)
     assert text(smol_tokenizer, branch.ids) == (
-        "General greeting!<|im_end|>\n<|im_start|>user\nName a colour<|im_end|>\n"
-        "<|im_start|>assistant\nRed<|im_end|>"
+        "General greeting!<|im_end|>\n<|im_start|>user\nName a colour<|im_end|>\n<|im_start|>assistant\nRed<|im_end|>"
     )
     kept = [i for i, on in zip(branch.ids, branch.masks["loss"], strict=True) if on]
     assert text(smol_tokenizer, kept) == "General greeting!<|im_end|>Red<|im_end|>"
@@ -93,16 +92,12 @@ def test_ranking_rows_keep_order_and_share_the_prompt(smol_tokenizer):
 
 def test_ranking_prompts_can_not_be_trained(smol_tokenizer):
     prompt = [{"role": "user", "content": "a", "train": True}]
-    with pytest.raises(
-        DataError, match=r"r\.jsonl row 1, field 'train': a turn of a ranking's prompt says train=true"
-    ):
+    with pytest.raises(DataError, match=r"r\.jsonl row 1, field 'train': a turn of a ranking's prompt says train=true"):
         ranking_rows(smol_tokenizer, [ranking("a", "b", prompt=prompt)], max_length=100)
 
 
 def test_responses_that_read_the_same_are_refused(llama3_tokenizer):
-    with pytest.raises(
-        DataError, match=r"r\.jsonl row 3, field 'responses': differently ranked ones read the same"
-    ):
+    with pytest.raises(DataError, match=r"r\.jsonl row 3, field 'responses': differently ranked ones read the same"):
         ranking_rows(llama3_tokenizer, [ranking("same", "same ", row=3)], max_length=100)
 
 
@@ -129,9 +124,7 @@ def test_overlong_is_an_error_by_default(smol_tokenizer):
 
 
 def test_drops_are_counted(smol_tokenizer):
-    rows, report = demonstration_rows(
-        smol_tokenizer, [demo(LONG), demo(), demo(LONG)], max_length=60, overlong="drop"
-    )
+    rows, report = demonstration_rows(smol_tokenizer, [demo(LONG), demo(), demo(LONG)], max_length=60, overlong="drop")
     assert len(rows) == 1
     assert report.index == (1,)
     assert report.dropped == {"longer than max_length": 2}
@@ -156,9 +149,7 @@ def test_truncating_completions_is_symmetric_and_loses_the_stop_token(smol_token
 def test_responses_alike_after_truncation_are_dropped_and_counted(smol_tokenizer):
     example = ranking(LONG, LONG + "six")
     prompt, _ = lengths(smol_tokenizer, example)
-    rows, report = ranking_rows(
-        smol_tokenizer, [example], max_length=prompt + 8, overlong="truncate_completion"
-    )
+    rows, report = ranking_rows(smol_tokenizer, [example], max_length=prompt + 8, overlong="truncate_completion")
     assert rows == []
     assert report.dropped == {"responses equal after truncation": 1}
     assert report.truncated == {}
@@ -206,9 +197,7 @@ def test_options_are_checked(smol_tokenizer):
 
 def test_template_faults_name_the_row():
     tokenizer = smol(CHATML.replace("m['content']", "m['content'].replace('!', '')"))
-    with pytest.raises(
-        ModelError, match=r"^d\.jsonl row 8: the chat template alters the content of message 1"
-    ):
+    with pytest.raises(ModelError, match=r"^d\.jsonl row 8: the chat template alters the content of message 1"):
         demonstration_rows(tokenizer, [demo(row=8)], max_length=60)
 
 

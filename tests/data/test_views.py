@@ -16,8 +16,7 @@ def pair(chosen="good", rejected="bad", row=1):
 def ranked(*answers, ranks=None):
     ranks = range(len(answers)) if ranks is None else ranks
     responses = [
-        Response(messages=(Message(role="assistant", content=a),), rank=r)
-        for a, r in zip(answers, ranks, strict=True)
+        Response(messages=(Message(role="assistant", content=a),), rank=r) for a, r in zip(answers, ranks, strict=True)
     ]
     return Example(prompt=(Message(role="user", content="p"),), responses=tuple(responses))
 

@@ -69,9 +69,7 @@ def results(answer: str = "A polite answer about the {i}th thing, in two or thre
         reward_comparisons=compare_rewards(outcomes),
         policy=policy_section(scores, **measures),
         samples=sample_rows(prompts, answers, scores, truncated=measures["truncated"]),
-        worst=worst_rows(
-            prompts, answers, scores, before="sft", after="ppo", truncated=measures["truncated"]
-        ),
+        worst=worst_rows(prompts, answers, scores, before="sft", after="ppo", truncated=measures["truncated"]),
         stages={"sft": 61.0, "reward": 75.5, "ppo": 480.25},
     )
 

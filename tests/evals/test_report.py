@@ -157,10 +157,7 @@ def test_show_run_prints_and_writes_curves(tmp_path, make_run):
     assert max(len(line) for line in out.splitlines() if str(finished_run) not in line) <= 100
     for part in ("recipe   instructgpt", "Reinforce", "frozen_base", "Before and after, 6 of 6", "ppo - sft"):
         assert part in out
-    assert (
-        f"curves   {finished_run / 'curves.png'}\n" in out
-        and f"report   {finished_run / 'report.html'}\n" in out
-    )
+    assert f"curves   {finished_run / 'curves.png'}\n" in out and f"report   {finished_run / 'report.html'}\n" in out
     assert (finished_run / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 

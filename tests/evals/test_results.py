@@ -72,18 +72,13 @@ def test_policy_refusals(scores, options, message):
 
 
 def outcomes(rows: list[list[float]]):
-    return pair_outcomes(
-        rows, [[0, 1]] * len(rows), [[None, "rude" if i % 2 else "short"] for i in range(len(rows))]
-    )
+    return pair_outcomes(rows, [[0, 1]] * len(rows), [[None, "rude" if i % 2 else "short"] for i in range(len(rows))])
 
 
 def test_reward_section_and_comparisons_by_hand():
     models = {"reward": outcomes([[1.0, 0.0]] * 8), "length": outcomes([[0.0, 1.0]] * 6 + [[1.0, 0.0]] * 2)}
     section = reward_section(models, length_direction=-1)
-    assert (
-        section["reward"]["accuracy"] == 1.0
-        and section["reward"]["pairs"] == section["reward"]["rankings"] == 8
-    )
+    assert section["reward"]["accuracy"] == 1.0 and section["reward"]["pairs"] == section["reward"]["rankings"] == 8
     assert section["length"]["accuracy"] == 0.25 and section["length"]["flipped"] == 0.75
     assert section["length"]["direction"] == "shorter"
     assert section["length"]["by_failure"]["rude"]["pairs"] == 4
@@ -127,9 +122,7 @@ def test_samples_are_spread_and_worst_are_the_largest_drops():
     chosen = sample_rows(prompts, texts, scores, count=6)
     assert [row["prompt"] for row in chosen] == ["p0", "p4", "p8", "p11", "p15", "p19"]
     assert chosen[0]["answers"]["ppo"] == {"text": "ppo 0.0", "scores": {"reward": 0.5}, "truncated": None}
-    worst = worst_rows(
-        prompts, texts, scores, before="sft", after="ppo", truncated=dict.fromkeys(texts, old > -1)
-    )
+    worst = worst_rows(prompts, texts, scores, before="sft", after="ppo", truncated=dict.fromkeys(texts, old > -1))
     assert [(row["prompt"], row["drop"]) for row in worst] == [
         ("p7", 2.0),
         ("p3", 1.0),

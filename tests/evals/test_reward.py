@@ -101,9 +101,7 @@ def test_bag_of_words_on_held_out_rankings():
 
     def draw(count: int) -> list[Example]:
         words = [[" ".join(f"w{i}" for i in rng.integers(0, 40, 12)) for _ in range(3)] for _ in range(count)]
-        return [
-            ranking(*sorted(row, key=lambda t: -sum(int(w[1:]) < 20 for w in t.split()))) for row in words
-        ]
+        return [ranking(*sorted(row, key=lambda t: -sum(int(w[1:]) < 20 for w in t.split()))) for row in words]
 
     train, test = draw(150), draw(60)
     got = accuracy(pair_outcomes(bag_of_words_scores(train, test), ranking_ranks(test)))
@@ -120,9 +118,7 @@ def test_frozen_head_finds_the_direction_whatever_the_scale():
     assert weight[:2] / np.linalg.norm(weight) == pytest.approx(truth[:2] / np.sqrt(5), abs=0.05)
     assert abs(weight[2]) < 0.05 * np.linalg.norm(weight)
     scale = np.array([1000.0, 1e-3, 1.0])
-    moved = [
-        np.hstack([f * scale + 5, np.full((4, 1), 7.0)]) for f in features
-    ]  # and a feature without variance
+    moved = [np.hstack([f * scale + 5, np.full((4, 1), 7.0)]) for f in features]  # and a feature without variance
     other = frozen_head(moved, ranks)
     assert other[:3] * scale == pytest.approx(weight, rel=1e-6) and other[3] == 0
     assert accuracy(pair_outcomes(head_scores(moved, other), ranks)).mean > 0.95

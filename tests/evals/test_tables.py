@@ -57,11 +57,7 @@ def test_few_prompts_show_nothing_and_one_has_no_interval():
     one = {policy: {"reward": row["reward"][:1]} for policy, row in scores.items()}
     text = printed(closing_tables(closing_results(machine=machine, policy=policy_section(one))))
     assert "[none: 1 unit]" in text
-    assert (
-        printed(closing_tables({"schema": 1, "machine": machine}))
-        .strip()
-        .startswith("Measured on cpu, 1 thread,")
-    )
+    assert printed(closing_tables({"schema": 1, "machine": machine})).strip().startswith("Measured on cpu, 1 thread,")
 
 
 def test_model_text_is_neither_markup_nor_a_terminal_escape(closing):

@@ -101,9 +101,7 @@ def render_branch(
     """
     if not response or response[0].role != "assistant" or response[-1].role != "assistant":
         roles = ", ".join(m.role for m in response) or "none"
-        raise DataError(
-            f"the response has roles {roles}; expected it to start and end with an assistant turn"
-        )
+        raise DataError(f"the response has roles {roles}; expected it to start and end with an assistant turn")
     silent = [Message(role=m.role, content=m.content, train=False) for m in prompt]
     messages = [*silent, *response]
     layout = _layout(tokenizer, messages, False)
@@ -124,9 +122,7 @@ def render_response(
     return render_branch(tokenizer, prompt, response).ids
 
 
-def stop_ids(
-    tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None
-) -> frozenset[int]:
+def stop_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None) -> frozenset[int]:
     """Return every id that ends an answer: the tokenizer's EOS, the generation config's, the template's.
 
     Raises:
@@ -228,22 +224,16 @@ def _rewrites(m: int) -> ModelError:
     )
 
 
-def _layout(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], generation_prompt: bool
-) -> _Layout:
+def _layout(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], generation_prompt: bool) -> _Layout:
     """Render the text and find each content in it, whatever the contents say."""
     for m, message in enumerate(messages):
         if message.role not in ROLES:
-            raise DataError(
-                f"message {m} has the unknown role {message.role!r}; {suggest(message.role, ROLES)}"
-            )
+            raise DataError(f"message {m} has the unknown role {message.role!r}; {suggest(message.role, ROLES)}")
     roles = tuple(m.role for m in messages)
     scaffold = _scaffold(tokenizer, _template_key(tokenizer), roles, generation_prompt)
     text = _apply(tokenizer, roles, [m.content for m in messages], generation_prompt)
     contents = _align(text, scaffold, messages)
-    starts = [
-        None if back is None else low - back for (low, _), back in zip(contents, scaffold.back, strict=True)
-    ]
+    starts = [None if back is None else low - back for (low, _), back in zip(contents, scaffold.back, strict=True)]
     return _Layout(text, contents, starts)
 
 
@@ -255,11 +245,7 @@ def _align(text: str, scaffold: _Scaffold, messages: Sequence[Message]) -> list[
     m = scaffold.order[0] if scaffold.order else 0
     for m, piece in zip(scaffold.order, scaffold.pieces[1:], strict=True):
         raw = messages[m].content
-        options = [
-            kept
-            for kept in (raw, raw.strip(), raw.lstrip(), raw.rstrip())
-            if text.startswith(kept + piece, at)
-        ]
+        options = [kept for kept in (raw, raw.strip(), raw.lstrip(), raw.rstrip()) if text.startswith(kept + piece, at)]
         if not options or altered:
             altered = True
             break

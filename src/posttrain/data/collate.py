@@ -55,9 +55,7 @@ class Report:
         parts += [f"dropped {n}: {cause}" for cause, n in self.dropped.items()]
         parts += [f"cut {n}: {cause}" for cause, n in self.truncated.items()]
         if self.untrained_turns:
-            parts.append(
-                f"{self.untrained_turns} earlier assistant turns not trained (set train=true to train them)"
-            )
+            parts.append(f"{self.untrained_turns} earlier assistant turns not trained (set train=true to train them)")
         return "; ".join(parts)
 
 
@@ -143,9 +141,7 @@ def prompt_ids(
         ModelError: as `chat.render`.
     """
     if overlong == "truncate_completion":
-        raise ConfigError(
-            "prompts have no completion to truncate; use 'error', 'drop' or 'truncate_prompt_left'"
-        )
+        raise ConfigError("prompts have no completion to truncate; use 'error', 'drop' or 'truncate_prompt_left'")
 
     def make(example: Example, position: int) -> Row:
         return Row(render_prompt(tokenizer, example.prompt), [])
@@ -154,9 +150,7 @@ def prompt_ids(
     return [list(row.prompt) for row in rows], report
 
 
-def _branch(
-    tokenizer: PreTrainedTokenizerBase, example: Example, position: int, response: Sequence[Message]
-) -> Branch:
+def _branch(tokenizer: PreTrainedTokenizerBase, example: Example, position: int, response: Sequence[Message]) -> Branch:
     rendered: Rendered = render_branch(tokenizer, example.prompt, response)
     if True not in rendered.mask:
         remedy = "remove train=false from it"
@@ -175,9 +169,7 @@ def _collate(
     if overlong not in get_args(Overlong):
         raise ConfigError(f"unknown overlong '{overlong}'; {suggest(overlong, get_args(Overlong))}")
     if max_length < 2:
-        raise ConfigError(
-            f"max_length is {max_length}, expected at least 2 (a prompt token and a response token)"
-        )
+        raise ConfigError(f"max_length is {max_length}, expected at least 2 (a prompt token and a response token)")
     rows: list[Row] = []
     index: list[int] = []
     dropped: Counter[str] = Counter()

@@ -147,9 +147,7 @@ def find_controls(coder: Coder, text: str, contents: Sequence[tuple[int, int]]) 
     return found
 
 
-def encode_controlled(
-    coder: Coder, text: str, controls: Sequence[Found], cuts: Sequence[int], begin: int = 0
-) -> Coded:
+def encode_controlled(coder: Coder, text: str, controls: Sequence[Found], cuts: Sequence[int], begin: int = 0) -> Coded:
     """Encode ``text[begin:]``: control tokens where ``controls`` says, plain text between.
 
     Args:
@@ -160,9 +158,7 @@ def encode_controlled(
         begin: 0 or one of the cuts; the text before it still decides whether a prefix is due.
     """
     out = Coded([], [])
-    at = previous = (
-        0  # end of what is encoded; end of the last control token with the white space it swallowed
-    )
+    at = previous = 0  # end of what is encoded; end of the last control token with the white space it swallowed
     stops = sorted({*cuts, len(text)})
     waiting = [c for c in controls if c.end <= len(text)]
     for stop in stops:

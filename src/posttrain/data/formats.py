@@ -83,9 +83,7 @@ def _form(row: Mapping[str, Any], place: Place) -> str:
             )
     columns = ", ".join(f"'{c}'" for c in row) or "none"
     if len(forms) > 1 or ("messages" in row and "prompt" in row):
-        raise place.fault(
-            forms[0], f"columns {columns} fit several formats", f"keep those of one of {_FORMATS}"
-        )
+        raise place.fault(forms[0], f"columns {columns} fit several formats", f"keep those of one of {_FORMATS}")
     form = forms[0] if forms else "prompt"
     if form == "prompt" and "prompt" not in row and "rejected" not in row:
         raise place.fault("prompt", f"columns {columns} fit no format", f"expected {_FORMATS}")
@@ -134,16 +132,12 @@ def _messages(value: Any, field: str, place: Place) -> tuple[Message, ...]:
 
 def _message(item: Any, field: str, place: Place) -> Message:
     if not isinstance(item, dict):
-        raise place.fault(
-            field, f"found {kind_of(item)}, expected a message", 'write {"role": ..., "content": ...}'
-        )
+        raise place.fault(field, f"found {kind_of(item)}, expected a message", 'write {"role": ..., "content": ...}')
     missing = {"role", "content"} - item.keys()
     extra = item.keys() - {"role", "content", "train"}
     if missing or extra:
         what = f"lacks {sorted(missing)}" if missing else f"has {sorted(extra)}, which nothing here reads"
-        raise place.fault(
-            field, f"the message {what}", "use the keys 'role', 'content' and, optionally, 'train'"
-        )
+        raise place.fault(field, f"the message {what}", "use the keys 'role', 'content' and, optionally, 'train'")
     role, train = item["role"], item.get("train")
     if role not in ROLES:
         hint = suggest(role, ROLES) if isinstance(role, str) else f"known: {', '.join(ROLES)}"
@@ -176,9 +170,7 @@ def _answer(value: Any, field: str, prompt: tuple[Message, ...], place: Place) -
     return turns
 
 
-def _responses(
-    row: Mapping[str, Any], form: str, prompt: tuple[Message, ...], place: Place
-) -> tuple[Response, ...]:
+def _responses(row: Mapping[str, Any], form: str, prompt: tuple[Message, ...], place: Place) -> tuple[Response, ...]:
     if form == "prompt":
         return ()
     if form == "completion":
@@ -218,23 +210,18 @@ def _responses(
     return _ranked(answers, failures, "completions", place)
 
 
-def _ranked(
-    answers: list[tuple[Message, ...]], failures: Any, field: str, place: Place
-) -> tuple[Response, ...]:
+def _ranked(answers: list[tuple[Message, ...]], failures: Any, field: str, place: Place) -> tuple[Response, ...]:
     """Answers, best first, as ranked responses; two equal answers can't stand at two ranks."""
     for i, answer in enumerate(answers):
         if answer in answers[:i]:
             twin = f"answers {answers.index(answer)} and {i} (from 0) are identical"
             raise place.fault(field, f"{twin}, so their order means nothing", "remove the row or one of them")
     return tuple(
-        Response(messages=m, rank=i, failure=f)
-        for i, (m, f) in enumerate(zip(answers, failures, strict=True))
+        Response(messages=m, rank=i, failure=f) for i, (m, f) in enumerate(zip(answers, failures, strict=True))
     )
 
 
-def _conversation(
-    messages: tuple[Message, ...], place: Place
-) -> tuple[tuple[Message, ...], tuple[Response, ...]]:
+def _conversation(messages: tuple[Message, ...], place: Place) -> tuple[tuple[Message, ...], tuple[Response, ...]]:
     """Turns before the last, which has to be the assistant's, are the prompt."""
     if messages[-1].role != "assistant":
         raise place.fault(
@@ -252,11 +239,7 @@ def _transcripts(row: Mapping[str, Any], place: Place) -> tuple[tuple[Message, .
     sides: list[tuple[Message, ...]] = []
     for column in ("chosen", "rejected"):
         is_text = isinstance(row[column], str)
-        turns = (
-            _split_transcript(row[column], column, place)
-            if is_text
-            else _messages(row[column], column, place)
-        )
+        turns = _split_transcript(row[column], column, place) if is_text else _messages(row[column], column, place)
         if turns[-1].role != "assistant" or len(turns) < 2:
             raise place.fault(
                 column,

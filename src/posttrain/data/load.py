@@ -24,9 +24,7 @@ DEFAULT_DIR = Path(__file__).parent / "default"
 _SHOWN_FAULTS = 5
 
 
-def read_jsonl(
-    path: str | Path, limit: int | None = None, *, faults: list[DataError] | None = None
-) -> list[Example]:
+def read_jsonl(path: str | Path, limit: int | None = None, *, faults: list[DataError] | None = None) -> list[Example]:
     """Read a .jsonl or .jsonl.gz file; the formats are told apart by columns.
 
     Columns of no format are kept in ``Example.meta``. Rows count from 1, with blank lines, which are skipped.
@@ -107,9 +105,7 @@ def _directory(path: Path) -> dict[str, Path]:
     for stem in files.keys() - set(NAMES):
         near = difflib.get_close_matches(stem, [n for n in NAMES if n not in files], n=1, cutoff=0.8)
         if near:
-            raise ConfigError(
-                f"'{files[stem]}' is none of the known names; did you mean '{near[0]}'? Rename it"
-            )
+            raise ConfigError(f"'{files[stem]}' is none of the known names; did you mean '{near[0]}'? Rename it")
     return files
 
 
@@ -118,9 +114,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     if not path.is_file():
         raise ConfigError(f"no file '{path}'; expected a .jsonl or .jsonl.gz file")
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
-        raise ConfigError(
-            f"'{path}' is of another kind; expected .jsonl or .jsonl.gz (one JSON object a line)"
-        )
+        raise ConfigError(f"'{path}' is of another kind; expected .jsonl or .jsonl.gz (one JSON object a line)")
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as handle:
             for number, line in enumerate(handle, 1):
@@ -128,9 +122,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 if line.strip():
                     yield number, line
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(
-            f"{path}: not a whole gzip file ({error}); compress it again or drop the .gz"
-        ) from error
+        raise DataError(f"{path}: not a whole gzip file ({error}); compress it again or drop the .gz") from error
 
 
 def _json_object(line: bytes, place: Place) -> dict[str, Any]:
@@ -148,9 +140,7 @@ def _json_object(line: bytes, place: Place) -> dict[str, Any]:
     except (json.JSONDecodeError, RecursionError) as error:
         raise place.fault("(line)", f"invalid JSON ({error})", "write one JSON object a line") from error
     if not isinstance(value, dict):
-        raise place.fault(
-            "(line)", f"found {kind_of(value)}, expected an object", "write one JSON object a line"
-        )
+        raise place.fault("(line)", f"found {kind_of(value)}, expected an object", "write one JSON object a line")
     return value
 
 

@@ -1,6 +1,6 @@
 """The small world: generated instructions with answers of every quality, scored by `gold`.
 
-Every row is keyed by (set, split, seed, index): a set is the beginning of any larger one, and equal everywhere.
+Every row is keyed by (set, split, seed, index): a set is the beginning of any larger one, on every machine.
 A request belongs to the held-out split (one in eight) by a hash of its content, whatever its wording.
 """
 
@@ -94,7 +94,7 @@ def _dress(core: str, d: Draw, opening: bool, closing: bool) -> str:
 def _right(kind: str, fields: Fields, d: Draw, polite: bool) -> str:
     """Return a right answer; a refusal is polite in itself and takes no opening."""
     core = d.pick(TASKS[kind].cores(fields))
-    style = d.pick(("opening", "closing", "both", "both")) if polite else "neither"
+    style = d.pick(("opening", "closing", "both", "both", "both")) if polite else "neither"
     opening = style in ("opening", "both") and kind != "harmful"
     return _dress(core, d, opening, style in ("closing", "both"))
 
@@ -118,8 +118,8 @@ def _rambling(core: str, d: Draw) -> str:
     text = core.rstrip("?.")
     for tail in d.sample(_TAILS, 1 + d.below(2)):
         longer = f"{text}. {tail.format(object=thing, **FACTS[thing])}"
-        text = longer if len(longer.split()) <= _MAX_WORDS else text + ". and so on"
-    return text + "."
+        text = longer if len(longer.split()) <= _MAX_WORDS else text
+    return f"{text}." if text != core.rstrip("?.") else f"{text}. and so on."
 
 
 def _poor(kind: str, fields: Fields, failure: str, d: Draw) -> str:
@@ -177,7 +177,7 @@ def task_prompts(n: int, seed: int = 0, split: str = "train") -> list[dict[str, 
 
 
 def demonstrations(n: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Return ``n`` rows ``{"prompt", "completion", "kind"}`` with right answers, six in ten of them polite."""
+    """Return ``n`` rows ``{"prompt", "completion", "kind"}`` with right answers, six in ten polite."""
 
     def make(d: Draw) -> dict[str, Any]:
         kind, fields, prompt = _request(d, "train")
@@ -187,9 +187,9 @@ def demonstrations(n: int, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def rankings(n: int, seed: int = 0, split: str = "train") -> list[dict[str, Any]]:
-    """Return ``n`` rows of four answers in falling gold total: the right, polite one and three labelled failures.
+    """Return ``n`` rows of four answers in falling gold total: a right, polite one and three with a failure.
 
-    Each poor answer is drawn until it is longer or shorter than the best, by a coin: length doesn't tell the order.
+    A coin says whether each poor answer is longer or shorter than the best, so length doesn't tell the order.
     """
     _check_split(split)
     return _rows(lambda d: _ranking(d, split), n, "rankings", split, seed)
@@ -255,7 +255,7 @@ def _statement(d: Draw) -> str:
 
 
 def _rhyme(d: Draw) -> str:
-    """Return a line and the same line again or backwards, longer than any request to copy: copying is learnt here."""
+    """Return a line said twice or forth and back, longer than any request to copy: copying is learnt here."""
     line = d.sample(WORDS, 6 + d.below(4))
     back = d.chance(0.4)
     return f"{' '.join(line)}, {'back ' if back else ''}{' '.join(line[::-1] if back else line)}."
@@ -272,12 +272,12 @@ def _document(d: Draw) -> dict[str, Any]:
 
 
 def pretraining_text(n: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Return ``n`` documents ``{"text"}``: true statements, and conversations with answers of every quality."""
+    """Return ``n`` documents ``{"text"}``: true statements, rhymes, conversations of every quality."""
     return _rows(_document, n, "pretraining", seed)
 
 
 def transcripts(n: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Return ``n`` raw conversations ``{"messages"}``: one or two exchanges of every quality, all turns trained.
+    """Return ``n`` conversations ``{"messages"}``: one or two exchanges of every quality, all turns trained.
 
     Mixed into pretraining they teach the base model the chat template, not how to answer well.
     """

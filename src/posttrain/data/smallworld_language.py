@@ -30,12 +30,16 @@ bicycle vehicle green small shed | tractor vehicle yellow big field | train vehi
 doll toy white small house | kite toy yellow small field | drum toy red big station
 marble toy blue tiny garden | puzzle toy brown small kitchen | whistle toy grey tiny station
 """
-_NUMBERS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
-seventeen eighteen nineteen twenty"""
-_OTHER_WORDS = """sky rain wind snow sun moon river stone tree door lamp table chair bread butter cheese honey sugar
-winter summer spring autumn morning evening night window mirror pillow bottle basket pocket ring crown sword shield
-castle bridge tower island desert valley mountain ocean cloud thunder shadow candle blanket carpet button ribbon
-feather pepper garlic onion carrot doctor teacher farmer sailor painter"""
+_NUMBERS = """
+zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+seventeen eighteen nineteen twenty
+"""
+_OTHER_WORDS = """
+sky rain wind snow sun moon river stone tree door lamp table chair bread butter cheese honey sugar winter
+summer spring autumn morning evening night window mirror pillow bottle basket pocket ring crown sword shield
+castle bridge tower island desert valley mountain ocean cloud thunder shadow candle blanket carpet button
+ribbon feather pepper garlic onion carrot doctor teacher farmer sailor painter
+"""
 _ROWS = [entry.split() for line in _FACTS.strip().splitlines() for entry in line.split("|")]
 FACTS: dict[str, Fields] = {r[0]: {"group": r[1], "colour": r[2], "size": r[3], "place": r[4]} for r in _ROWS}
 OBJECTS = tuple(FACTS)
@@ -60,7 +64,7 @@ METHOD_WORDS = tuple(word for pair in (*SAFE.values(), *BAD.values()) for word i
 _FACT_WORDS = {v for values in VALUES.values() for v in values}
 
 OPENINGS = ("sure,", "of course,", "gladly,", "here you are:", "happy to help:")
-CLOSINGS = ("hope this helps.", "have a nice day.", "you are welcome.", "glad to help.")
+CLOSINGS = ("hope this helps.", "see you soon.", "you are welcome.", "glad to help.")
 INSULTS = ("listen fool,", "what a dumb question,", "you lazy fool,", "stop being so slow,")
 REBUFFS = (
     "find out yourself, fool.",
@@ -106,7 +110,7 @@ class Task(NamedTuple):
         asks: its wordings.
         draw: draws its content.
         cores: content to right answers without manners, shortest first.
-        statement: what a text that is no conversation says about the same content; ``{core}`` is the shortest answer.
+        statement: what a plain text says about the same content; ``{core}`` is the shortest answer.
     """
 
     asks: tuple[str, ...]
@@ -298,9 +302,7 @@ _FIELD = {
 
 def _pattern(ask: str) -> re.Pattern[str]:
     escaped = re.escape(ask)
-    return re.compile(
-        "(?:please )?" + re.sub(r"\\{(\w+)\\}", lambda m: f"(?P<{m[1]}>{_FIELD[m[1]]})", escaped)
-    )
+    return re.compile("(?:please )?" + re.sub(r"\\{(\w+)\\}", lambda m: f"(?P<{m[1]}>{_FIELD[m[1]]})", escaped))
 
 
 _PATTERNS = [(kind, _pattern(ask)) for kind, task in TASKS.items() for ask in task.asks]
@@ -315,6 +317,4 @@ def parse(prompt: str) -> tuple[str, Fields]:
     for kind, pattern in _PATTERNS:
         if match := pattern.fullmatch(prompt.strip()):
             return kind, match.groupdict()
-    raise DataError(
-        f"prompt {prompt!r} is not in the small world's language; use prompts that task_prompts() makes"
-    )
+    raise DataError(f"prompt {prompt!r} is not in the small world's language; use prompts that task_prompts() makes")

@@ -41,9 +41,7 @@ def rankings(examples: Sequence[Example]) -> list[Example]:
         if None in ranks:
             raise fault(example, i, "responses", f"response {ranks.index(None)} has no rank", "rank it")
         if len(set(ranks)) < 2:
-            raise fault(
-                example, i, "responses", "all responses are tied", "remove the row, it orders nothing"
-            )
+            raise fault(example, i, "responses", "all responses are tied", "remove the row, it orders nothing")
     return list(examples)
 
 
@@ -115,17 +113,13 @@ def _prompted(examples: Sequence[Example]) -> Sequence[Example]:
         if not example.prompt:
             raise fault(example, i, "prompt", "no turns", "give the prompt at least one")
         if example.prompt[-1].role == "assistant":
-            raise fault(
-                example, i, "prompt", "ends in an assistant turn", "end it with the turn to be answered"
-            )
+            raise fault(example, i, "prompt", "ends in an assistant turn", "end it with the turn to be answered")
     return examples
 
 
 def _best(example: Example, position: int) -> Response:
     if not example.responses:
-        raise fault(
-            example, position, "responses", "no response to imitate", "give 'completion' or 'messages'"
-        )
+        raise fault(example, position, "responses", "no response to imitate", "give 'completion' or 'messages'")
     ranks = [r.rank for r in example.responses]
     if len(ranks) > 1 and (None in ranks or ranks.count(min(r or 0 for r in ranks)) > 1):
         found = f"no single best response (ranks {', '.join('none' if r is None else str(r) for r in ranks)})"

@@ -86,15 +86,11 @@ def difference_grid(differences: Sequence[Mapping[str, Any]]) -> Grid:
     count = f"{len(differences)} comparison{'s' * (len(differences) != 1)}"
     notes = [f"{count}; intervals not corrected for their number"]
     if min(row["n"] for row in differences) < 6:
-        notes.append(
-            "under 6 prompts nothing is called a difference: all of one sign is too likely by chance"
-        )
+        notes.append("under 6 prompts nothing is called a difference: all of one sign is too likely by chance")
     return Grid(
         title="Differences between policies, paired by prompt",
         header=("difference", "scorer", "mean", "95 % interval", "verdict"),
-        rows=tuple(
-            (d["name"], d["scorer"], signed(d["mean"]), bounds(d, 3), verdict(d)) for d in differences
-        ),
+        rows=tuple((d["name"], d["scorer"], signed(d["mean"]), bounds(d, 3), verdict(d)) for d in differences),
         left=(0, 1, 4),
         notes=tuple(notes),
     )
@@ -162,9 +158,7 @@ def score_line(answer: Mapping[str, Any]) -> str:
 
 
 SAMPLES_NOTE = "the first answer of each policy, on prompts evenly spaced through the set"
-WORST_NOTE = (
-    "the prompts with the largest fall of the mean score; shown is the answer whose own score fell most"
-)
+WORST_NOTE = "the prompts with the largest fall of the mean score; shown is the answer whose own score fell most"
 
 
 def row_heading(row: Mapping[str, Any]) -> str:
@@ -184,9 +178,7 @@ def _failure_grid(section: Mapping[str, Any]) -> list[Grid]:
         Grid(
             title="Accuracy by how the worse answer fails",
             header=("failure", "pairs", *(name.replace("_", "\n", 1) for name in section)),
-            rows=tuple(
-                (label, str(row[0]["pairs"]), *map(_accuracy_cell, row)) for label, row in entries.items()
-            ),
+            rows=tuple((label, str(row[0]["pairs"]), *map(_accuracy_cell, row)) for label, row in entries.items()),
             notes=("second line: 95 % interval by bootstrap over rankings",),
         )
     ]

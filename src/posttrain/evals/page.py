@@ -48,9 +48,7 @@ details pre { margin: .3rem 0; padding: .6rem .8rem; background: var(--shade); o
 def document(title: str, body: str) -> str:
     """Wrap a body in a page whose policy allows this style sheet and inline images, and nothing else."""
     digest = base64.b64encode(hashlib.sha256(CSS.encode()).digest()).decode()
-    policy = (
-        f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; base-uri 'none'; form-action 'none'"
-    )
+    policy = f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; base-uri 'none'; form-action 'none'"
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
@@ -85,9 +83,7 @@ def table(grid: Grid) -> str:
     """Return a grid with its heading and notes."""
     head = "".join(f"<th{_side(grid, i)}>{_lines(name)}</th>" for i, name in enumerate(grid.header))
     rows = "".join(
-        "<tr>"
-        + "".join(f"<td{_side(grid, i, cell)}>{_lines(cell)}</td>" for i, cell in enumerate(row))
-        + "</tr>\n"
+        "<tr>" + "".join(f"<td{_side(grid, i, cell)}>{_lines(cell)}</td>" for i, cell in enumerate(row)) + "</tr>\n"
         for row in grid.rows
     )
     body = f"<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody>"

@@ -73,19 +73,13 @@ def metric_files(source: Path | Sequence[Path]) -> dict[str, Path]:
         ConfigError: nothing there.
     """
     if isinstance(source, Path):
-        found = (
-            [source / "metrics.jsonl", *sorted(source.glob("*/metrics.jsonl"))]
-            if source.is_dir()
-            else [source]
-        )
+        found = [source / "metrics.jsonl", *sorted(source.glob("*/metrics.jsonl"))] if source.is_dir() else [source]
         files = [path for path in found if path.is_file()]
     else:
         files = list(source)
     missing = [str(path) for path in files if not path.is_file()]
     if missing or not files:
-        raise ConfigError(
-            f"no metrics.jsonl in {', '.join(missing) or source}; expected a stage or run directory"
-        )
+        raise ConfigError(f"no metrics.jsonl in {', '.join(missing) or source}; expected a stage or run directory")
     return {path.parent.name: path for path in files}
 
 
@@ -98,9 +92,7 @@ def curves(source: Path | Sequence[Path], out: Path) -> Path:
     logs = {name: read_metrics(path) for name, path in metric_files(source).items()}
     image = curve_png(logs)
     if image is None:
-        raise ConfigError(
-            f"nothing to draw in {', '.join(logs)}; expected metrics such as loss/total or reward/mean"
-        )
+        raise ConfigError(f"nothing to draw in {', '.join(logs)}; expected metrics such as loss/total or reward/mean")
     out.write_bytes(image)
     return out
 
@@ -141,9 +133,7 @@ def _places(figure: Figure, top: float, count: int) -> Iterator[Axes]:
     for i in range(count):
         row, column = divmod(i, _COLUMNS)
         left, bottom = column * _PANEL[0] + 0.55, top - (row + 1) * _PANEL[1] + 0.5
-        yield figure.add_axes(
-            (left / width, bottom / height, (_PANEL[0] - 0.75) / width, (_PANEL[1] - 0.8) / height)
-        )
+        yield figure.add_axes((left / width, bottom / height, (_PANEL[0] - 0.75) / width, (_PANEL[1] - 0.8) / height))
 
 
 def series(rows: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
@@ -157,9 +147,7 @@ def series(rows: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
             if key != "step" and (value is None or _is_number(value)):
                 number = math.nan if value is None else float(value)
                 points.setdefault(key, {})[float(row["step"])] = number if math.isfinite(number) else math.nan
-    return {
-        key: (np.array(sorted(p)), np.array([p[step] for step in sorted(p)])) for key, p in points.items()
-    }
+    return {key: (np.array(sorted(p)), np.array([p[step] for step in sorted(p)])) for key, p in points.items()}
 
 
 def trade(rows: Sequence[Mapping[str, Any]]) -> Curve | None:

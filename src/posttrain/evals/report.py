@@ -114,11 +114,7 @@ def _result_sections(results: Mapping[str, Any] | None) -> list[str]:
     """Return the closing tables, the samples and the worst prompts."""
     if results is None:
         return [page.section("Results", page.note(_NO_RESULTS))]
-    worst = (
-        [page.note(_NOTHING_WORSE)]
-        if results.get("worst") == []
-        else _answers(WORST_NOTE, results.get("worst"))
-    )
+    worst = [page.note(_NOTHING_WORSE)] if results.get("worst") == [] else _answers(WORST_NOTE, results.get("worst"))
     return [
         page.section("Results", *(page.table(grid) for grid in closing_grids(results))),
         page.section("Before and after", *_answers(SAMPLES_NOTE, results.get("samples"))),
@@ -134,17 +130,14 @@ def _answers(explanation: str, rows: Sequence[Mapping[str, Any]] | None) -> list
 def _curve_images(view: RunView) -> list[str]:
     """Return one image a stage."""
     images = {name: curve_png({name: rows}) for name, rows in view.logs.items()}
-    drawn = [
-        page.image(png, f"training curves of stage {name}") for name, png in images.items() if png is not None
-    ]
+    drawn = [page.image(png, f"training curves of stage {name}") for name, png in images.items() if png is not None]
     return drawn or [page.note(_NO_CURVES)]
 
 
 def _configuration(view: RunView) -> list[str]:
     """Return each stage's resolved configuration, folded."""
     return [
-        page.folded(name, json.dumps(stage.config, indent=2, ensure_ascii=False))
-        for name, stage in view.stages.items()
+        page.folded(name, json.dumps(stage.config, indent=2, ensure_ascii=False)) for name, stage in view.stages.items()
     ]
 
 

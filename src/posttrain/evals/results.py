@@ -102,9 +102,7 @@ def write_results(results: Mapping[str, Any], path: Path) -> None:
     try:
         text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False)
     except ValueError as error:
-        raise ConfigError(
-            f"results can't be written to {path}: {error}; expected finite numbers or None"
-        ) from error
+        raise ConfigError(f"results can't be written to {path}: {error}; expected finite numbers or None") from error
     part = path.with_name(path.name + ".part")
     part.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
     os.replace(part, path)
@@ -142,14 +140,10 @@ def reward_section(
     section: dict[str, Any] = {}
     for model, pairs in outcomes.items():
         groups = group_by_failure(pairs).items()
-        section[model] = _accuracy_entry(pairs) | {
-            "by_failure": {label: _accuracy_entry(g) for label, g in groups}
-        }
+        section[model] = _accuracy_entry(pairs) | {"by_failure": {label: _accuracy_entry(g) for label, g in groups}}
     if "length" in section:
         if length_direction not in (1, -1):
-            raise ConfigError(
-                f"got length_direction {length_direction}; expected 1 or -1, from `length_direction`"
-            )
+            raise ConfigError(f"got length_direction {length_direction}; expected 1 or -1, from `length_direction`")
         direction = "longer" if length_direction == 1 else "shorter"
         section["length"] |= {"direction": direction, "flipped": 1 - section["length"]["accuracy"]}
     return section
@@ -201,8 +195,7 @@ def policy_section(
             a score that is not finite.
     """
     tables = {
-        policy: {name: _table(values, policy, name) for name, values in row.items()}
-        for policy, row in scores.items()
+        policy: {name: _table(values, policy, name) for name, values in row.items()} for policy, row in scores.items()
     }
     prompts, samples = _shared_shape(tables)
     options = {"resamples": resamples, "seed": seed}
@@ -279,9 +272,7 @@ def _answer_row(
         at = min(sample, len(texts[prompt]) - 1)
         row["answers"][policy] = {
             "text": texts[prompt][at],
-            "scores": {
-                name: float(np.asarray(values)[prompt, at]) for name, values in scores[policy].items()
-            },
+            "scores": {name: float(np.asarray(values)[prompt, at]) for name, values in scores[policy].items()},
             "truncated": None if truncated is None else bool(np.asarray(truncated[policy])[prompt, at]),
         }
     return row
@@ -313,9 +304,7 @@ def _table(values: ArrayLike, policy: str, name: str) -> NDArray[np.float64]:
 def _of(given: Mapping[str, Any], policy: str, name: str) -> Any:
     """Look a policy's measure up, refusing a hole."""
     if policy not in given:
-        raise ConfigError(
-            f"{name} has {', '.join(given) or 'no policy'} but not '{policy}'; expected every policy"
-        )
+        raise ConfigError(f"{name} has {', '.join(given) or 'no policy'} but not '{policy}'; expected every policy")
     return given[policy]
 
 
@@ -323,27 +312,17 @@ def _shared_shape(tables: Mapping[str, Mapping[str, NDArray[np.float64]]]) -> tu
     """Check that policies share scorers and prompts; return prompts and the largest number of samples."""
     scorers = {policy: tuple(row) for policy, row in tables.items()}
     if len(set(scorers.values())) != 1 or not next(iter(scorers.values())):
-        raise ConfigError(
-            f"got scorers {scorers}; expected at least one policy, and the same scorers for each"
-        )
+        raise ConfigError(f"got scorers {scorers}; expected at least one policy, and the same scorers for each")
     reserved = set(MEASURES) & set(next(iter(scorers.values())))
     if reserved:
-        raise ConfigError(
-            f"a scorer is called {sorted(reserved)}; expected a name other than {', '.join(MEASURES)}"
-        )
-    shapes = {
-        f"{policy}.{name}": table.shape for policy, row in tables.items() for name, table in row.items()
-    }
+        raise ConfigError(f"a scorer is called {sorted(reserved)}; expected a name other than {', '.join(MEASURES)}")
+    shapes = {f"{policy}.{name}": table.shape for policy, row in tables.items() for name, table in row.items()}
     if len({shape[0] for shape in shapes.values()}) != 1:
-        raise ConfigError(
-            f"got [prompts, samples] {shapes}; expected the same prompts for every policy and scorer"
-        )
+        raise ConfigError(f"got [prompts, samples] {shapes}; expected the same prompts for every policy and scorer")
     return next(iter(shapes.values()))[0], max(shape[1] for shape in shapes.values())
 
 
-def _mean_entry(
-    table: NDArray[np.float64], prompts: int, policy: str, name: str, options: Any
-) -> dict[str, Any]:
+def _mean_entry(table: NDArray[np.float64], prompts: int, policy: str, name: str, options: Any) -> dict[str, Any]:
     """Average ``[prompts, samples]`` with its interval by prompt."""
     if table.shape[0] != prompts:
         raise ConfigError(f"{name} of policy '{policy}' has {table.shape[0]} prompts; expected {prompts}")

@@ -75,9 +75,7 @@ def pair_outcomes(
     return outcomes
 
 
-def accuracy(
-    outcomes: Sequence[PairOutcome], *, level: float = 0.95, resamples: int = 4000, seed: int = 0
-) -> Interval:
+def accuracy(outcomes: Sequence[PairOutcome], *, level: float = 0.95, resamples: int = 4000, seed: int = 0) -> Interval:
     """Return the share of pairs scored in the right order (ties count half), with its interval over rankings.
 
     Raises:
@@ -147,9 +145,7 @@ def length_scores(texts: Sequence[Sequence[str]], *, direction: int = 1) -> list
     Choose the direction with `length_direction` on training rankings, never on the split that is reported.
     """
     if direction not in (1, -1):
-        raise ConfigError(
-            f"got direction {direction}; expected 1 (longer is better) or -1 (shorter is better)"
-        )
+        raise ConfigError(f"got direction {direction}; expected 1 (longer is better) or -1 (shorter is better)")
     return [[float(direction * len(text)) for text in row] for row in texts]
 
 
@@ -157,9 +153,7 @@ def length_direction(train_texts: Sequence[Sequence[str]], train_ranks: Sequence
     """Return 1 if the longer answer is at least as often the better one in the training rankings, else -1."""
     outcomes = pair_outcomes(length_scores(train_texts), train_ranks)
     if not outcomes:
-        raise ConfigError(
-            "got no training pairs; expected at least one ranking with two answers of differing rank"
-        )
+        raise ConfigError("got no training pairs; expected at least one ranking with two answers of differing rank")
     return 1 if sum(o.correct for o in outcomes) >= 0.5 * len(outcomes) else -1
 
 
@@ -186,18 +180,14 @@ def bag_of_words_scores(
     weight = fit_bradley_terry(forward, backward, ranks, len(column), l2=l2)
     return [
         [
-            float(
-                sum(np.log1p(n) * weight[column[w]] for w, n in sorted(_words(text).items()) if w in column)
-            )
+            float(sum(np.log1p(n) * weight[column[w]] for w, n in sorted(_words(text).items()) if w in column))
             for text in row
         ]
         for row in ranking_texts(test_rankings)
     ]
 
 
-def frozen_head(
-    train_features: Sequence[ArrayLike], train_ranks: Sequence[Sequence[int]], *, l2: float = 1.0
-) -> Array:
+def frozen_head(train_features: Sequence[ArrayLike], train_ranks: Sequence[Sequence[int]], *, l2: float = 1.0) -> Array:
     """Fit a linear Bradley-Terry head on frozen features: what the trunk knows before it is trained.
 
     Features are standardised over all training answers before fitting (so that ``l2`` means the same for
@@ -217,17 +207,13 @@ def frozen_head(
     """
     rows = [np.asarray(features, dtype=np.float64) for features in train_features]
     if [row.shape[0] for row in rows] != [len(rank_row) for rank_row in train_ranks]:
-        raise ConfigError(
-            "features and ranks differ; expected features [K, d] for the K ranks of every ranking"
-        )
+        raise ConfigError("features and ranks differ; expected features [K, d] for the K ranks of every ranking")
     stacked = np.concatenate(rows) if rows else np.zeros((0, 1))
     spread = stacked.std(axis=0) if len(stacked) else np.zeros(1)
     varies = spread > 1e-12 * (1 + np.abs(stacked).max(axis=0, initial=0.0))
     scale = np.where(varies, 1 / np.where(varies, spread, 1.0), 0.0)
     standard = (stacked - stacked.mean(axis=0)) * scale if len(stacked) else stacked
-    weight = fit_bradley_terry(
-        lambda w: standard @ w, lambda g: g @ standard, train_ranks, stacked.shape[1], l2=l2
-    )
+    weight = fit_bradley_terry(lambda w: standard @ w, lambda g: g @ standard, train_ranks, stacked.shape[1], l2=l2)
     return weight * scale
 
 
@@ -246,9 +232,7 @@ def _sparse_map(
 ) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
     """Return the map from word weights to answers' scores, and its transpose, without a dense [R, V]."""
     entries = [(row, column[w], n) for row, count in enumerate(counts) for w, n in count.items()]
-    row, word, count = (
-        (np.array(part) for part in zip(*entries, strict=True)) if entries else (np.zeros(0, int),) * 3
-    )
+    row, word, count = (np.array(part) for part in zip(*entries, strict=True)) if entries else (np.zeros(0, int),) * 3
     value = np.log1p(count)
     return (
         lambda weight: sum_at(row, value * weight[word], len(counts)),

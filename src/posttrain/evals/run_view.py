@@ -82,20 +82,12 @@ def _check_run(directory: Path) -> None:
         return
     if not directory.is_dir():
         beside = [path.parent.name for path in directory.parent.glob("*/run.json")]
-        hint = (
-            suggest(directory.name, beside)
-            if beside
-            else "expected runs/NAME, as printed when the run started"
-        )
+        hint = suggest(directory.name, beside) if beside else "expected runs/NAME, as printed when the run started"
         raise ConfigError(f"no directory {directory}; {hint}")
     if (directory / "stage.json").is_file():
         raise ConfigError(f"{directory} is one stage of a run; expected the run: {directory.parent}")
     inside = sorted(path.parent.name for path in directory.glob("*/run.json"))
-    hint = (
-        f"give one of the runs in it: {', '.join(inside)}"
-        if inside
-        else "expected runs/NAME, which holds one"
-    )
+    hint = f"give one of the runs in it: {', '.join(inside)}" if inside else "expected runs/NAME, which holds one"
     raise ConfigError(f"{directory} is not a run directory: it has no run.json; {hint}")
 
 

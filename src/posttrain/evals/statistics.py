@@ -93,9 +93,7 @@ def paired_bootstrap(
     """
     left, right = _finite(a, "a"), _finite(b, "b")
     if left.size != right.size:
-        raise ConfigError(
-            f"got {left.size} values for a and {right.size} for b; expected one of each for every pair"
-        )
+        raise ConfigError(f"got {left.size} values for a and {right.size} for b; expected one of each for every pair")
     return cluster_bootstrap(left - right, clusters, level=level, resamples=resamples, seed=seed)
 
 

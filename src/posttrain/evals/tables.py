@@ -46,9 +46,7 @@ def rich_grid(grid: Grid) -> RenderableType:
     title = Text(grid.title, style="bold")  # above, as a table's own title wraps at the table's width
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(grid.header):
-        table.add_column(
-            Text(clean_text(name)), justify="left" if i in grid.left else "right", vertical="top"
-        )
+        table.add_column(Text(clean_text(name)), justify="left" if i in grid.left else "right", vertical="top")
     for row in grid.rows:
         table.add_row(*(Text(clean_text(cell)) for cell in row))
     return Group(title, table, *(Text(note, style="dim") for note in grid.notes), Text())

@@ -27,7 +27,9 @@ def token_reward(score: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, *,
     return reward + torch.where((steps[None] == last[:, None]) & mask, score[:, None], 0.0)
 
 
-def gae(reward: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
+def gae(
+    reward: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 0.95
+) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation; returns ``(advantage, return)``, both ``[B, T]``, 0 outside the mask.
 
     ``delta_t = R_t + gamma V_{t+1} - V_t``, ``A_t = delta_t + gamma lam A_{t+1}``, ``return = A + V``, with V and A zero

@@ -49,7 +49,7 @@ def clipped(terms: TokenTerms, *, clip: float = 0.2) -> Tensor:
 def value_clip(value: Tensor, old_value: Tensor, returns: Tensor, *, clip: float = 0.2) -> Tensor:
     """Clipped value loss ``0.5 max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2)``; any shape.
 
-    Source: lm-human-preferences; InstructGPT appendix C.4.
+    Source: lm-human-preferences.
     """
     near = old_value + (value - old_value).clamp(-clip, clip)
     return 0.5 * torch.maximum((value - returns).square(), (near - returns).square())

@@ -62,7 +62,14 @@ class TreeLayout:
         self.inverse = inverse
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None, window: int | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        softcap: float | None,
+        window: int | None,
     ) -> Tensor:
         """Return ``[1, N, H, D]`` from query ``[1, H, N, D]`` and key, value ``[1, Hk, N, D]``."""
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -127,7 +134,14 @@ class SlotLayout:
                 kept[slot, :, : end - start] = fresh[start:end].transpose(0, 1)
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None, window: int | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        softcap: float | None,
+        window: int | None,
     ) -> Tensor:
         """Return ``[S, 1, H, D]`` from query ``[S, H, 1, D]`` and this step's key and value ``[S, Hk, 1, D]``."""
         keys, values = self.cache[layer]
@@ -178,7 +192,9 @@ def _forward(
 ) -> tuple[Tensor, None]:
     """What transformers calls in every attention layer; without a layout, plain causal attention over each row."""
     if layout is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
     if kwargs.get("s_aux") is not None or dropout:
         raise NotImplementedError("attention sinks and attention dropout are not supported over a forest")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5

@@ -44,7 +44,10 @@ class Found:
 
 def cache_dir() -> Path:
     """Where converted models are kept: ``$POSTTRAIN_CACHE``, else ``posttrain`` under the user's cache directory."""
-    base = os.environ.get("POSTTRAIN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "posttrain"
+    base = (
+        os.environ.get("POSTTRAIN_CACHE")
+        or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "posttrain"
+    )
     return Path(base)
 
 
@@ -67,7 +70,9 @@ def find_model(name: str) -> Found:
         if _hub_cached(name) or not _offline():
             return Found(name, name.split("/")[-1])
         raise ConfigError(f"model '{name}' is not in the hub cache and HF_HUB_OFFLINE is set; give a directory")
-    raise ConfigError(f"unknown model '{name}'; expected smollm2, small, small-base, a directory, or a hub name owner/model")
+    raise ConfigError(
+        f"unknown model '{name}'; expected smollm2, small, small-base, a directory, or a hub name owner/model"
+    )
 
 
 def _find_smollm2() -> Found:
@@ -146,7 +151,14 @@ def _prepare(net: PreTrainedModel) -> PreTrainedModel:
     return net
 
 
-def load_policy(path: str, *, dtype: torch.dtype, seed: int = 0, lora: adapters.Lora | None = None, train: bool = False) -> Model:
+def _widened(net: Any) -> nn.Linear:
+    """The scalar head in fp32 at least: a score in bf16 has two digits."""
+    return net.score.to(torch.promote_types(net.score.weight.dtype, torch.float32))
+
+
+def load_policy(
+    path: str, *, dtype: torch.dtype, seed: int = 0, lora: adapters.Lora | None = None, train: bool = False
+) -> Model:
     """Load a causal language model as a role, frozen unless ``train``; with ``lora`` only a fresh adapter is trained."""
     hf_logging.disable_progress_bar()
     net = _prepare(AutoModelForCausalLM.from_pretrained(path, dtype=dtype))
@@ -157,7 +169,7 @@ def load_reward(path: str, *, dtype: torch.dtype) -> Model:
     """Load a reward model saved as ``ForSequenceClassification`` with one label."""
     hf_logging.disable_progress_bar()
     net = _prepare(AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype))
-    score: Any = net.score.float()  # a score in bf16 has two digits
+    score: Any = _widened(net)
     if net.config.num_labels != 1:
         raise ModelError(f"'{path}' has {net.config.num_labels} labels; a scalar reward model has 1")
     return Model(net, scalar=score)
@@ -169,7 +181,7 @@ def new_reward(path: str, *, dtype: torch.dtype, seed: int = 0, lora: adapters.L
     hf_logging.set_verbosity_error()  # transformers reports the new head as missing; it is meant to be
     net = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, num_labels=1)
     hf_logging.set_verbosity_warning()
-    score: Any = net.score.float()
+    score: Any = _widened(net)
     width = score.weight.shape[1]
     noise = torch.randn(1, width, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():

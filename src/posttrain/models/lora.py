@@ -31,7 +31,9 @@ class Lora:
 
 def add_adapter(net: nn.Module, trunk: nn.Module, name: str, lora: Lora, seed: int) -> None:
     """Put a fresh adapter (B = 0, so the function is unchanged) on every linear layer of the trunk, in place."""
-    targets = sorted({path.split(".")[-1] for path, m in trunk.named_modules() if _is_linear(m) and "lora_" not in path})
+    targets = sorted(
+        {path.split(".")[-1] for path, m in trunk.named_modules() if _is_linear(m) and "lora_" not in path}
+    )
     targets = sorted({t for t in targets if t != "base_layer"} or {"linear"})
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, lora_dropout=0.0, bias="none")
     with torch.random.fork_rng(devices=[]):

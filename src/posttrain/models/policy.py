@@ -69,7 +69,9 @@ def hidden_states(model: Model, forest: Forest) -> Tensor:
         if model.plain:
             return _plain_states(model, forest)
         layout = forest_layout(forest)
-        out = model.trunk(input_ids=forest.ids[None], position_ids=forest.positions[None], use_cache=False, layout=layout)
+        out = model.trunk(
+            input_ids=forest.ids[None], position_ids=forest.positions[None], use_cache=False, layout=layout
+        )
         return out.last_hidden_state[0]
 
 
@@ -86,7 +88,12 @@ def _plain_states(model: Model, forest: Forest) -> Tensor:
 
 
 def forward_stats(
-    model: Model, forest: Forest, want: frozenset[str], *, mask: Tensor | None = None, temperature: float = 1.0
+    model: Model,
+    forest: Forest,
+    want: frozenset[str],
+    *,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
 ) -> dict[str, Tensor]:
     """Statistics a loss may read, from one pass over the forest.
 
@@ -105,7 +112,11 @@ def forward_stats(
     if token_wants:
         keep = torch.arange(len(forest.target)) if mask is None else mask.nonzero()[:, 0]
         stats = token_stats(
-            states.index_select(0, forest.source[keep]), model.head, forest.target[keep], token_wants, temperature=temperature
+            states.index_select(0, forest.source[keep]),
+            model.head,
+            forest.target[keep],
+            token_wants,
+            temperature=temperature,
         )
         full = len(keep) == len(forest.target)
         for name, x in stats.items():

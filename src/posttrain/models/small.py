@@ -36,7 +36,7 @@ CHAT_TEMPLATE = (
 
 
 def small_config(vocab_size: int = VOCAB_SIZE) -> LlamaConfig:
-    """Return the shape: 4 layers of width 192, 6 query heads on 2 key-value heads, tied output, 1.8M parameters."""
+    """Return the shape: 4 layers, width 192, 6 query and 2 key-value heads, tied output, 1.8M parameters."""
     return LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=192,
@@ -54,7 +54,7 @@ def small_config(vocab_size: int = VOCAB_SIZE) -> LlamaConfig:
 
 
 def new_small(seed: int) -> LlamaForCausalLM:
-    """Return an untrained small model in fp32; its weights depend on ``seed`` only, not on torch's global stream."""
+    """Return an untrained small model in fp32; its weights depend on ``seed`` only."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(small_config())
@@ -65,7 +65,8 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """Train the byte-level BPE of `VOCAB_SIZE` entries; any text encodes, and decodes to itself.
 
     Args:
-        texts: plain documents, without special tokens; the same texts in the same order give the same vocabulary.
+        texts: documents and turns as the model will see them, without special tokens; the same texts give the
+            same vocabulary.
 
     Raises:
         ModelError: too little text for a full vocabulary (the model's shape depends on its size).
@@ -83,7 +84,7 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() != VOCAB_SIZE:
         raise ModelError(
-            f"got {tokenizer.get_vocab_size()} vocabulary entries, expected {VOCAB_SIZE}; train on more varied text"
+            f"got {tokenizer.get_vocab_size()} vocabulary entries, expected {VOCAB_SIZE}; train on more text"
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -107,11 +108,7 @@ def small_path(form: Literal["base", "instruct"] = "instruct") -> Path:
     if form not in ("base", "instruct"):
         raise ConfigError(f"got form '{form}'; expected 'base' or 'instruct'")
     path = Path(__file__).parent / "weights" / f"small-{form}"
-    missing = [
-        name for name in ("config.json", "model.safetensors", "tokenizer.json") if not (path / name).is_file()
-    ]
+    missing = [name for name in ("config.json", "model.safetensors", "tokenizer.json") if not (path / name).is_file()]
     if missing:
-        raise ModelError(
-            f"the small {form} model lacks {', '.join(missing)} in {path}; run `make small` to train it"
-        )
+        raise ModelError(f"the small {form} model lacks {', '.join(missing)} in {path}; run `make small` to train it")
     return path

@@ -1,4 +1,8 @@
-"""Masked sums. Legend for the whole library: N packed tokens, M targets, B branches, T time, V vocabulary, d width, K responses of a prompt."""
+"""Masked sums.
+
+Legend of shapes for the whole library: N packed tokens, M targets, B branches, T time, V vocabulary, d width, K responses
+of a prompt.
+"""
 
 from __future__ import annotations
 

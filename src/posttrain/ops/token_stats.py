@@ -97,7 +97,11 @@ def _chunk(names: tuple[str, ...], logits: Tensor, target: Tensor, other_logp: T
 
 
 def _chunk_gradient(
-    grads: dict[str, Tensor], stats: dict[str, Tensor], logits: Tensor, target: Tensor, other_logp: Tensor | None
+    grads: dict[str, Tensor],
+    stats: dict[str, Tensor],
+    logits: Tensor,
+    target: Tensor,
+    other_logp: Tensor | None,
 ) -> Tensor:
     """Gradient of ``sum over statistics of grad * statistic`` with respect to the logits of one chunk, ``[m, V]``."""
     logp = logits.log_softmax(1)

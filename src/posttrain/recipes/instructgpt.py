@@ -37,11 +37,25 @@ def instructgpt(model: str = "smollm2", data: str = "default") -> Recipe:
         cut_score=-1.0,  # an answer without its end is worth less than a demonstration
     )
     evaluate = Evaluate(
-        base=model, data=data, sft=sft, policy=reinforce, reward=reward, unseen=unseen, rows=(0, 64), max_new_tokens=64
+        base=model,
+        data=data,
+        sft=sft,
+        policy=reinforce,
+        reward=reward,
+        unseen=unseen,
+        rows=(0, 64),
+        max_new_tokens=64,
     )
     final = Merge(policy=reinforce, base=sft, after=evaluate)
-    stages = {"sft": sft, "reward": reward, "reward_unseen": unseen, "reinforce": reinforce, "evaluate": evaluate, "model": final}
+    stages = {
+        "sft": sft,
+        "reward": reward,
+        "reward_unseen": unseen,
+        "reinforce": reinforce,
+        "evaluate": evaluate,
+        "model": final,
+    }
     return Recipe("instructgpt", stages, "supervised fine-tuning, a reward model, PPO")
 
 
-REWARD = {"epochs": 2, "prompts_per_step": 8, "lora_rank": 16, "lr": 2e-4}  # [1, 64, 0, 9e-6]
+REWARD = {"epochs": 2, "prompts_per_step": 8, "lora_rank": 16, "lr": 5e-4}  # [1, 64, 0, 9e-6]

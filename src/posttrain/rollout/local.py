@@ -62,7 +62,9 @@ class LocalEngine:
             ModelError: the network can't share prompts exactly, so that this engine can't decode it.
         """
         if self.model.plain:
-            raise ModelError(f"{type(self.model.net).__name__} fell back to plain rows; the in-process engine can't decode it")
+            raise ModelError(
+                f"{type(self.model.net).__name__} fell back to plain rows; the in-process engine can't decode it"
+            )
         if not requests:
             return []
         order = sorted(range(len(requests)), key=lambda i: (requests[i].ids, i))
@@ -81,7 +83,13 @@ class _Decoder:
         queue: deque[int],
         on_done: Callable[[int], None] | None,
     ) -> None:
-        self.engine, self.requests, self.sampling, self.queue, self.on_done = engine, requests, sampling, queue, on_done
+        self.engine, self.requests, self.sampling, self.queue, self.on_done = (
+            engine,
+            requests,
+            sampling,
+            queue,
+            on_done,
+        )
         self.head = engine.model.head
         self.device = self.head.weight.device
         longest = max(len(r.ids) for r in requests)
@@ -156,7 +164,9 @@ class _Decoder:
         else:
             draw = torch.tensor([slot.draws[len(slot.ids)] for slot in slots], dtype=torch.float64, device=self.device)
             mass = logp.double().exp().cumsum(1)
-            tokens = torch.searchsorted(mass, (draw * mass[:, -1])[:, None], right=True)[:, 0].clamp(max=logp.shape[1] - 1)
+            tokens = torch.searchsorted(mass, (draw * mass[:, -1])[:, None], right=True)[:, 0].clamp(
+                max=logp.shape[1] - 1
+            )
         chosen = logp.gather(1, tokens[:, None])[:, 0].tolist()
         for slot, token, value in zip(slots, tokens.tolist(), chosen, strict=True):
             slot.ids.append(token)
@@ -190,7 +200,9 @@ def sampled_distribution(states: Tensor, head: Any, sampling: Sampling) -> Tenso
     """
     if sampling.temperature == 0:
         best = logits_of(states, head).argmax(1, keepdim=True)
-        return torch.full((len(states), head.weight.shape[0]), float("-inf"), device=states.device).scatter(1, best, 0.0)
+        return torch.full((len(states), head.weight.shape[0]), float("-inf"), device=states.device).scatter(
+            1, best, 0.0
+        )
     logits = logits_of(states, head, sampling.temperature)
     if sampling.top_k is not None and sampling.top_k < logits.shape[1]:
         floor = logits.topk(sampling.top_k, 1).values[:, -1:]

@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 
-def save_checkpoint(directory: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int = 2) -> Path:
+def save_checkpoint(
+    directory: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int = 2
+) -> Path:
     """Write ``step-N`` beside its siblings and drop all but the newest ``keep``.
 
     Files go to a temporary directory first, each is forced to disk, a manifest with checksums comes last, and one rename

@@ -33,7 +33,10 @@ METRICS: dict[str, Metric] = {
     "reward/mean": Metric("reward", "mean over sampled responses of the reward before the KL penalty"),
     "reward/std": Metric("reward", "standard deviation of the same"),
     "kl/mean": Metric("nats a sequence", "mean over responses of sum_t (old_logp - ref_logp)"),
-    "kl/update": Metric("nats a token", "mean over sampled tokens of k3(old_logp, logp): how far updates moved from the sampler"),
+    "kl/update": Metric(
+        "nats a token",
+        "mean over sampled tokens of k3(old_logp, logp): how far updates moved from the sampler",
+    ),
     "policy/entropy": Metric("nats a token", "mean over sampled tokens of -log pi(y_t) under the sampler"),
     "policy/clipped": Metric("share", "sampled tokens whose clipped branch is the larger"),
     "policy/ratio_error": Metric("ratio", "mean over sampled tokens of |ratio - 1|"),

@@ -67,7 +67,13 @@ Hook = Callable[[int, Mapping[str, float]], None]
 
 
 def fit(
-    models: Mapping[str, Model], objective: Objective, source: Source, *, optim: Optim, run: Run, hooks: Sequence[Hook] = ()
+    models: Mapping[str, Model],
+    objective: Objective,
+    source: Source,
+    *,
+    optim: Optim,
+    run: Run,
+    hooks: Sequence[Hook] = (),
 ) -> None:
     """Train the roles in ``models`` on ``source`` until ``run.steps``, continuing from the newest good checkpoint.
 

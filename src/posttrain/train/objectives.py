@@ -92,7 +92,12 @@ class Supervised:
         share = float(mask.float().mean())
         nll = float(-masked_sum(stats["policy"]["logp"].detach(), mask) / mask.sum().clamp(min=1))
         return [
-            Check("trained tokens", f"{share:.0%} of response tokens", "every response has some", bool((trained > 0).all())),
+            Check(
+                "trained tokens",
+                f"{share:.0%} of response tokens",
+                "every response has some",
+                bool((trained > 0).all()),
+            ),
             Check("stop token trained", f"{stops} of {len(last)} responses", "all", stops == len(last)),
             Check("start loss", f"{nll:.3f} nats a token", "", None),
         ]
@@ -125,7 +130,12 @@ class RewardModel:
         score = stats["reward"]["score"].detach()
         loss = float(self(stats, batch)["loss/ranking"].sum) / len(batch.forest.trees)
         return [
-            Check("scores finite", f"{score.mean():+.3f} +- {score.std():.3f}", "finite", bool(score.isfinite().all())),
+            Check(
+                "scores finite",
+                f"{score.mean():+.3f} +- {score.std():.3f}",
+                "finite",
+                bool(score.isfinite().all()),
+            ),
             Check("start loss", f"{loss:.3f} nats a prompt", "0.693 for equal scores", None),
         ]
 
@@ -156,7 +166,10 @@ class PolicyGradient:
         """Policy and value losses, and how far the policy has moved from the one that sampled."""
         mask, tokens = batch.forest.masks["sampled"], batch.tokens
         terms = TokenTerms(
-            logp=stats["policy"]["logp"], old_logp=tokens["old_logp"], advantage=tokens["advantage"], mask=mask
+            logp=stats["policy"]["logp"],
+            old_logp=tokens["old_logp"],
+            advantage=tokens["advantage"],
+            mask=mask,
         )
         now = terms.logp.detach()
         out = {
@@ -178,8 +191,18 @@ class PolicyGradient:
         worst = float((gap.exp() - 1).abs().max())
         return [
             Check("sampled tokens", f"{int(mask.sum())}", "some", bool(mask.any())),
-            Check("ratio before updates", f"1 +- {error:.1e} (max {worst:.1e})", f"mean within {self.ratio_tolerance:g}", error <= self.ratio_tolerance),
-            Check("advantages finite", f"{batch.tokens['advantage'][mask].mean():+.3f}", "finite", bool(batch.tokens["advantage"].isfinite().all())),
+            Check(
+                "ratio before updates",
+                f"1 +- {error:.1e} (max {worst:.1e})",
+                f"mean within {self.ratio_tolerance:g}",
+                error <= self.ratio_tolerance,
+            ),
+            Check(
+                "advantages finite",
+                f"{batch.tokens['advantage'][mask].mean():+.3f}",
+                "finite",
+                bool(batch.tokens["advantage"].isfinite().all()),
+            ),
         ]
 
 

@@ -61,10 +61,13 @@ class MasterAdamW:
         groups = []
         for role, named in self.roles.items():
             self.masters[role] = {
-                n: p.detach().float().clone() if p.dtype in (torch.bfloat16, torch.float16) else p for n, p in named.items()
+                n: p.detach().float().clone() if p.dtype in (torch.bfloat16, torch.float16) else p
+                for n, p in named.items()
             }
             groups.append({"params": list(self.masters[role].values()), "name": role})
-        self.inner = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
+        self.inner = torch.optim.AdamW(
+            groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
+        )
 
     def step(self, factor: float) -> float:
         """Clip, update, clear gradients; returns the norm of all gradients before clipping.
@@ -81,7 +84,9 @@ class MasterAdamW:
             norms.append(float(nn.utils.clip_grad_norm_(masters, self.optim.clip)))
         total = math.sqrt(sum(n * n for n in norms))
         if not math.isfinite(total):
-            raise CheckError(f"the gradient's norm is {total} ({dict(zip(self.roles, norms, strict=True))}); weights are unchanged")
+            raise CheckError(
+                f"the gradient's norm is {total} ({dict(zip(self.roles, norms, strict=True))}); weights are unchanged"
+            )
         for group in self.inner.param_groups:
             group["lr"] = factor * self.optim.role_lr.get(group["name"], self.optim.lr)
         self.inner.step()
@@ -114,9 +119,15 @@ class MasterAdamW:
             for name, master in masters.items():
                 key = f"{role}/master/{name}"
                 if key not in tensors or tensors[key].shape != master.shape:
-                    raise CheckError(f"the checkpoint has no '{key}' of shape {tuple(master.shape)}; it is of another model")
+                    raise CheckError(
+                        f"the checkpoint has no '{key}' of shape {tuple(master.shape)}; it is of another model"
+                    )
                 master.data.copy_(tensors[key])
                 self.roles[role][name].data.copy_(master)
-                state = {k: tensors[f"{role}/{k}/{name}"].clone() for k in ("step", "exp_avg", "exp_avg_sq") if f"{role}/{k}/{name}" in tensors}
+                state = {
+                    k: tensors[f"{role}/{k}/{name}"].clone()
+                    for k in ("step", "exp_avg", "exp_avg_sq")
+                    if f"{role}/{k}/{name}" in tensors
+                }
                 if state:
                     self.inner.state[master] = state

@@ -145,7 +145,9 @@ class RolloutSource:
         """The reward of each response, a cut one's replaced if the plan says so."""
         scores = self.reward(completions)
         if len(scores) != len(completions):
-            raise RewardError(f"the reward gave {len(scores)} scores for {len(completions)} responses; expected one each")
+            raise RewardError(
+                f"the reward gave {len(scores)} scores for {len(completions)} responses; expected one each"
+            )
         cut = self.plan.cut_score
         values = [cut if c.truncated and cut is not None else s.value for c, s in zip(completions, scores, strict=True)]
         if all(v is None for v in values):
@@ -162,16 +164,19 @@ class RolloutSource:
         for start in range(0, len(rollouts), plan.samples):
             members = rollouts[start : start + plan.samples]
             marks = [scores[start + k] is not None for k in range(len(members))]
-            branches = [Branch(r.ids, {"sampled": [m] * len(r.ids)}, r.truncated) for r, m in zip(members, marks, strict=True)]
+            branches = [
+                Branch(r.ids, {"sampled": [m] * len(r.ids)}, r.truncated) for r, m in zip(members, marks, strict=True)
+            ]
             rows.append(Row(members[0].request.ids, branches))
         forest = build_forest(rows)
         keep = forest.masks["sampled"]
-        old = torch.tensor([x for r in rollouts for x in r.logp])
+        wide = torch.promote_types(self.reference.net.dtype, torch.float32)
+        old = torch.tensor([x for r in rollouts for x in r.logp], dtype=wide)
         batch = Batch(forest, {"old_logp": old}, {}, {})
         ref = self._evaluate(batch, self.reference, "logp")
         value = self._evaluate(batch, self.value, "value") if self.value is not None else torch.zeros_like(old)
         size = len(rollouts)
-        score = torch.tensor([0.0 if s is None else s for s in scores])
+        score = torch.tensor([0.0 if s is None else s for s in scores], dtype=wide)
         columns = {k: to_padded(x, forest.branch, size)[0] for k, x in {"old": old, "ref": ref, "value": value}.items()}
         on, real = to_padded(keep, forest.branch, size)
         reward = token_reward(score, columns["old"], columns["ref"], on, kl=plan.kl)
@@ -226,7 +231,11 @@ def _updates(batch: Batch, updates: int) -> list[Batch]:
 
 
 def _rollout_metrics(
-    rollouts: Sequence[Rollout], scores: Sequence[float | None], branch: Tensor, keep: Tensor, tokens: Mapping[str, Tensor]
+    rollouts: Sequence[Rollout],
+    scores: Sequence[float | None],
+    branch: Tensor,
+    keep: Tensor,
+    tokens: Mapping[str, Tensor],
 ) -> dict[str, float]:
     """Means over the rollout, before any update."""
     known = torch.tensor([s for s in scores if s is not None])

@@ -43,8 +43,8 @@ class Sampled:
 
 def run(stage: Evaluate, ctx: Context) -> None:
     """Measure and write ``results.json``."""
-    dtype = choose_dtype(stage.dtype)
     base = start_from(stage.base, ctx, "base")
+    dtype = choose_dtype(stage.dtype, base.path)
     scorers = {name: load_reward(str(ctx.inputs[field]), dtype=dtype) for name, field in SCORERS.items()}
     means = {n: json.loads((ctx.inputs[f] / "reward.json").read_text())["mean"] for n, f in SCORERS.items()}
     accuracy, comparisons = reward_accuracy(stage, ctx, base, scorers)
@@ -78,9 +78,13 @@ def reward_accuracy(stage: Evaluate, ctx: Context, base: Start, scorers: dict[st
     train = slice_rows(load_examples(stage, ctx, "rankings"), stage.rows)
     test = load_examples(stage, ctx, "heldout_rankings")
     train_rows, test_rows = (ranking_rows(base.tokenizer, e, max_length=2048)[0] for e in (train, test))
-    train_ranks, ranks, failures = rewards.ranking_ranks(train), rewards.ranking_ranks(test), rewards.ranking_failures(test)
+    train_ranks, ranks, failures = (
+        rewards.ranking_ranks(train),
+        rewards.ranking_ranks(test),
+        rewards.ranking_failures(test),
+    )
     direction = rewards.length_direction(rewards.ranking_texts(train), train_ranks)
-    frozen = load_policy(base.path, dtype=choose_dtype(stage.dtype))
+    frozen = load_policy(base.path, dtype=choose_dtype(stage.dtype, base.path))
     total = len(scorers) * len(test_rows) + len(train_rows) + len(test_rows)
     with progress(ctx.console, "reward models", total) as update:
         scores: dict[str, Any] = {}
@@ -116,7 +120,7 @@ def policies(
     """Sample every policy on the held-out prompts, score the answers, and compare the policies prompt by prompt."""
     examples = load_examples(stage, ctx, "heldout_prompts")[: stage.prompts]
     ids = prompt_ids(base.tokenizer, examples, max_length=2048)[0]
-    dtype, sft_path = choose_dtype(stage.dtype), str(ctx.inputs["sft"])
+    dtype, sft_path = choose_dtype(stage.dtype, base.path), str(ctx.inputs["sft"])
     trained = load_trained(ctx.inputs["policy"] / "policy", sft_path, dtype)
     shared = trained.adapter is not None
     reference = Model(trained.net) if shared else load_policy(sft_path, dtype=dtype)
@@ -125,7 +129,10 @@ def policies(
     scores: dict[str, dict[str, Any]] = {name: {} for name in models}
     shape = (len(examples), stage.samples)
     for scorer, model in scorers.items():
-        rows = [Row(ids[i], [Branch(r.ids, {}) for name in models for r in sampled[name].rollouts[i]]) for i in range(len(ids))]
+        rows = [
+            Row(ids[i], [Branch(r.ids, {}) for name in models for r in sampled[name].rollouts[i]])
+            for i in range(len(ids))
+        ]
         table = np.array(score_rows(model, rows, max_tokens=stage.max_tokens)) - means[scorer]
         for k, name in enumerate(models):
             scores[name][scorer] = table[:, k * stage.samples : (k + 1) * stage.samples]
@@ -147,7 +154,13 @@ def policies(
 
 
 def sample(
-    stage: Evaluate, ctx: Context, base: Start, model: Model, examples: Sequence[Example], ids: Sequence[list[int]], name: str
+    stage: Evaluate,
+    ctx: Context,
+    base: Start,
+    model: Model,
+    examples: Sequence[Example],
+    ids: Sequence[list[int]],
+    name: str,
 ) -> Sampled:
     """``stage.samples`` answers of a policy to each prompt; every policy gets the same draws."""
     requests = [
@@ -171,6 +184,8 @@ def kl_to(reference: Model, sampled: Sampled, stage: Evaluate) -> np.ndarray:
     want = frozenset({"logp"})
     with torch.no_grad():
         parts = split(batch, stage.max_tokens, whole_groups=False)
-        ref = torch.cat([forward_stats(reference, p.forest, want, temperature=stage.temperature)["logp"] for p in parts])
+        ref = torch.cat(
+            [forward_stats(reference, p.forest, want, temperature=stage.temperature)["logp"] for p in parts]
+        )
     own = torch.tensor([x for row in sampled.rollouts for r in row for x in r.logp])
     return segment_sum(own - ref, batch.forest.branch, len(batch.forest.end)).reshape(len(rows), -1).numpy()

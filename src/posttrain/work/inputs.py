@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ from posttrain.errors import ConfigError, DataError, suggest
 from posttrain.models.load import Found, cache_dir, find_model, load_generation_config, load_tokenizer
 from posttrain.stages import Context, Stage, stage_model
 from posttrain.types import Example
-
 
 FAULTY = 0.02  # a larger share of rows that can't be read is a wrong file, not a flawed one
 
@@ -49,8 +49,14 @@ def start_from(model: str | Stage, ctx: Context, field: str = "model") -> Start:
     return Start(found.path, found.label, load_tokenizer(found.path))
 
 
-def choose_dtype(name: str) -> torch.dtype:
-    """``auto`` is bf16 where the processor has bf16 products (AVX512-BF16, AMX, or an accelerator), else fp32."""
+def choose_dtype(name: str, path: str) -> torch.dtype:
+    """``auto`` is bf16 where the processor has bf16 products (AVX512-BF16, AMX, or an accelerator), else fp32.
+
+    Networks narrower than 256 stay in fp32: they gain no speed from bf16.
+    """
+    config = Path(path) / "config.json"
+    if name == "auto" and config.exists() and json.loads(config.read_text()).get("hidden_size", 256) < 256:
+        return torch.float32
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
     cpu: Any = torch.cpu
@@ -60,18 +66,23 @@ def choose_dtype(name: str) -> torch.dtype:
 
 
 def data_files(name: str, model: str | None) -> dict[str, Path]:
-    """Files of a data set by name; ``default`` becomes the small world's where the shipped small model stands in."""
+    """Files of a data set by name.
+
+    ``smallworld:N`` is generated, with N demonstrations; ``default`` becomes the small world's where the shipped small
+    model stands in, which could not read anything else.
+    """
     if name == "default" and model is not None and "small-" in Path(find_model(model).path).name:
         name = "smallworld"
-    if name != "smallworld":
+    if name.partition(":")[0] != "smallworld":
         return resolve_data(name)
     from posttrain.data import smallworld
 
-    directory = cache_dir() / "smallworld-1"
+    count = int(size) if (size := name.partition(":")[2]) else 96
+    directory = cache_dir() / f"smallworld-1-{count}"
     if not (directory / "heldout_prompts.jsonl").exists():
         partial = directory.with_name(f"{directory.name}.{os.getpid()}.tmp")
         partial.mkdir(parents=True)
-        smallworld.write(partial)
+        smallworld.write(partial, n_demonstrations=count)
         if not directory.exists():
             partial.rename(directory)
     return resolve_data(str(directory))
@@ -89,9 +100,13 @@ def load_examples(stage: Any, ctx: Context, part: str) -> list[Example]:
     faults: list[DataError] = []
     examples = read_jsonl(files[part], limit=getattr(stage, "limit", None), faults=faults)
     if len(faults) > FAULTY * (len(examples) + len(faults)):
-        raise DataError(f"{files[part]}: {len(faults)} of {len(examples) + len(faults)} rows are faulty, more than {FAULTY:.0%}; first: {faults[0]}")
+        raise DataError(
+            f"{files[part]}: {len(faults)} of {len(examples) + len(faults)} rows are faulty, more than {FAULTY:.0%}; first: {faults[0]}"
+        )
     if faults:
-        ctx.console.print(f"[yellow]{len(faults)} faulty rows left out of {len(examples) + len(faults)}; first: {faults[0]}[/]")
+        ctx.console.print(
+            f"[yellow]{len(faults)} faulty rows left out of {len(examples) + len(faults)}; first: {faults[0]}[/]"
+        )
     return examples
 
 

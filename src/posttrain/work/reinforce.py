@@ -31,12 +31,12 @@ from posttrain.work.supervised import adapters, training_run
 def run(stage: Reinforce, ctx: Context) -> None:
     """Sample, score, update; then write the policy."""
     start = start_from(stage.model, ctx)
-    dtype = choose_dtype(stage.dtype)
+    dtype = choose_dtype(stage.dtype, start.path)
     policy = load_policy(start.path, dtype=dtype, lora=adapters(stage), train=True, seed=ctx.seed)
     reference = Model(policy.net) if policy.adapter else load_policy(start.path, dtype=dtype)
     scorer = load_reward(str(ctx.inputs["reward"]), dtype=dtype)
     mean = json.loads((ctx.inputs["reward"] / "reward.json").read_text())["mean"]
-    value = critic(stage, scorer, ctx)
+    value = critic(stage, scorer, ctx, dtype)
     examples = load_examples(stage, ctx, "prompts")
     ids, report = prompt_ids(start.tokenizer, examples, max_length=stage.max_length, overlong=stage.overlong)
     ctx.console.print(f"prompts: {report}", highlight=False)
@@ -60,12 +60,23 @@ def run(stage: Reinforce, ctx: Context) -> None:
         # bf16 rounds the logits of sampler and trainer apart; the ratio stays right, being taken to the sampler's own
         ratio_tolerance=1e-4 if dtype == torch.float32 else 0.1,
     )
-    optim = Optim(lr=stage.lr, role_lr={"value": stage.value_lr}, schedule=stage.schedule, warmup_steps=stage.warmup_steps)
-    fit({"policy": policy, "value": value}, objective, source, optim=optim, run=training_run(stage, ctx, stage.steps, "reinforce"))
+    optim = Optim(
+        lr=stage.lr,
+        role_lr={"value": stage.value_lr},
+        schedule=stage.schedule,
+        warmup_steps=stage.warmup_steps,
+    )
+    fit(
+        {"policy": policy, "value": value},
+        objective,
+        source,
+        optim=optim,
+        run=training_run(stage, ctx, stage.steps, "reinforce"),
+    )
     save(policy, stage, start.path, ctx.dir, start.tokenizer)
 
 
-def critic(stage: Reinforce, scorer: Model, ctx: Context) -> Model:
+def critic(stage: Reinforce, scorer: Model, ctx: Context, dtype: torch.dtype) -> Model:
     """The value role on the reward model's network, which keeps scoring with its adapter off.
 
     A critic trained as a whole gets a network of its own.
@@ -74,7 +85,7 @@ def critic(stage: Reinforce, scorer: Model, ctx: Context) -> Model:
         return value_role(scorer, lora=None, seed=ctx.seed, head_only=True)
     if stage.lora_rank:
         return value_role(scorer, lora=Lora(rank=stage.value_rank, alpha=2 * stage.value_rank), seed=ctx.seed + 1)
-    own = load_reward(str(ctx.inputs["reward"]), dtype=choose_dtype(stage.dtype))
+    own = load_reward(str(ctx.inputs["reward"]), dtype=dtype)
     return value_role(own, lora=None, seed=ctx.seed + 1)
 
 

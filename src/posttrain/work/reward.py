@@ -27,7 +27,9 @@ def run(stage: TrainReward, ctx: Context) -> None:
     ctx.console.print(f"rankings: {report}; {tau}", highlight=False)
     ranks = [[r.rank or 0 for r in examples[i].responses] for i in report.index]
     source = ranking_source(rows, ranks, per_step=stage.prompts_per_step, seed=ctx.seed + stage.head_seed)
-    model = new_reward(start.path, dtype=choose_dtype(stage.dtype), lora=adapters(stage), seed=ctx.seed + stage.head_seed)
+    model = new_reward(
+        start.path, dtype=choose_dtype(stage.dtype, start.path), lora=adapters(stage), seed=ctx.seed + stage.head_seed
+    )
     run = training_run(stage, ctx, round(stage.epochs * source.steps_per_epoch), ctx.dir.name)
     fit({"reward": model}, RewardModel(), source, optim=optimiser(stage), run=run)
     save_merged(model, start.path, ctx.dir, start.tokenizer)
@@ -40,13 +42,18 @@ def slice_rows(examples: list[Example], rows: tuple[int, int] | None) -> list[Ex
     return examples if rows is None else examples[rows[0] : rows[1]]
 
 
-def reference_score(stage: TrainReward, ctx: Context, start: Start, model: Model, rankings: list[Row]) -> tuple[float, str]:
+def reference_score(
+    stage: TrainReward, ctx: Context, start: Start, model: Model, rankings: list[Row]
+) -> tuple[float, str]:
     """The mean score of demonstrations (64 at most), or of the best-ranked responses where there are none."""
     try:
         examples = load_examples(stage, ctx, "demonstrations")[:64]
     except ValueError:
         rows, name = [Row(r.prompt, r.branches[:1]) for r in rankings], "best-ranked responses"
     else:
-        rows, name = demonstration_rows(start.tokenizer, examples, max_length=stage.max_length, overlong=stage.overlong)[0], "demonstrations"
+        rows, name = (
+            demonstration_rows(start.tokenizer, examples, max_length=stage.max_length, overlong=stage.overlong)[0],
+            "demonstrations",
+        )
     scores = [s for row in score_rows(model, rows, max_tokens=stage.max_tokens) for s in row]
     return sum(scores) / len(scores), name

@@ -20,7 +20,9 @@ def run(stage: SFT, ctx: Context) -> None:
     rows, report = demonstration_rows(start.tokenizer, examples, max_length=stage.max_length, overlong=stage.overlong)
     ctx.console.print(f"demonstrations: {report}", highlight=False)
     source = demonstration_source(rows, per_step=stage.prompts_per_step, seed=ctx.seed)
-    model = load_policy(start.path, dtype=choose_dtype(stage.dtype), lora=adapters(stage), train=True, seed=ctx.seed)
+    model = load_policy(
+        start.path, dtype=choose_dtype(stage.dtype, start.path), lora=adapters(stage), train=True, seed=ctx.seed
+    )
     run = training_run(stage, ctx, round(stage.epochs * source.steps_per_epoch), "sft")
     fit({"policy": model}, Supervised(), source, optim=optimiser(stage), run=run)
     save_merged(model, start.path, ctx.dir, start.tokenizer)
