@@ -59,8 +59,14 @@ def run(
     if dry_run:
         runner.dry_run(chosen, until=until, console=console, tiny=tiny)
         return
+    from posttrain.evals.report import show_run, write_report
+
     again = command_line()
-    runner.run_recipe(chosen, root=RUNS, name=name, until=until, console=console, seed=seed, tiny=tiny, command=again)
+    directory = runner.run_recipe(
+        chosen, root=RUNS, name=name, until=until, console=console, seed=seed, tiny=tiny, command=again
+    )
+    write_report(directory)
+    show_run(directory, console)
 
 
 def show(run: str, /) -> None:

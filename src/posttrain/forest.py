@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -112,19 +112,28 @@ def build_forest(rows: Sequence[Row]) -> Forest:
             group.append(index)
             truncated.append(branch.truncated)
         trees.append(Tree((start, prompt_end), tuple(spans)))
-    as_long = lambda values: torch.tensor(values, dtype=torch.long)  # noqa: E731
     return Forest(
-        ids=as_long(ids),
-        positions=as_long(positions),
+        ids=_long(ids),
+        positions=_long(positions),
         trees=tuple(trees),
-        source=as_long(source),
-        target=as_long(target),
-        branch=as_long(branch_of),
+        source=_long(source),
+        target=_long(target),
+        branch=_long(branch_of),
         masks={name: torch.tensor(values, dtype=torch.bool) for name, values in masks.items()},
-        end=as_long(end),
-        group=as_long(group),
+        end=_long(end),
+        group=_long(group),
         truncated=torch.tensor(truncated, dtype=torch.bool),
     )
+
+
+def _long(values: Sequence[int]) -> Tensor:
+    """Integers as an int64 tensor."""
+    return torch.tensor(values, dtype=torch.long)
+
+
+def _ids(tensor: Tensor) -> list[Any]:
+    """A 1-d tensor as a list."""
+    return cast("list[Any]", tensor.tolist())  # pyright: ignore[reportUnknownMemberType]
 
 
 def _check_row(index: int, row: Row, names: Sequence[str]) -> None:
@@ -182,9 +191,9 @@ def take(batch: Batch, groups: Sequence[tuple[int, Sequence[int]]]) -> Batch:
             span = slice(int(offset[b]), int(offset[b + 1]))
             target_index.append(torch.arange(span.start, span.stop))
             branch_index.append(b)
-            masks = {name: mask[span].tolist() for name, mask in old.masks.items()}
-            branches.append(Branch(old.target[span].tolist(), masks, bool(old.truncated[b])))
-        rows.append(Row(old.ids[start:stop].tolist(), branches))
+            masks = {name: _ids(mask[span]) for name, mask in old.masks.items()}
+            branches.append(Branch(_ids(old.target[span]), masks, bool(old.truncated[b])))
+        rows.append(Row(_ids(old.ids[start:stop]), branches))
     m, b = torch.cat(target_index), torch.tensor(branch_index)
     return replace(
         batch,

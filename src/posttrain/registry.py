@@ -67,5 +67,9 @@ def load_object(path: str) -> Any:
 
 RECIPES = Registry(
     "recipe",
-    {"instructgpt": "posttrain.recipes.instructgpt:instructgpt", "small": "posttrain.recipes.small:small"},
+    {
+        "instructgpt": "posttrain.recipes.instructgpt:instructgpt",
+        "reward_model": "posttrain.recipes.reward_model:reward_model",
+        "small": "posttrain.recipes.small:small",
+    },
 )

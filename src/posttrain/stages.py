@@ -9,12 +9,13 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from rich.console import Console
 
 from posttrain.errors import ConfigError
 
+Overlong = Literal["error", "drop", "truncate_prompt_left", "truncate_completion"]
 PARAMETERS = 134.5e6  # of the default model, for forecasts made before any model is looked for
 TOKENS_A_ROW = 110  # prompt and answer of the default data, in tokens
 
@@ -110,7 +111,7 @@ class Training(Stage):
     lora_alpha: int = 32
     dtype: str = "auto"
     max_length: int = 2048
-    overlong: str = "error"
+    overlong: Overlong = "error"
     max_tokens: int = 1024
     save_every: int = 10
     limit: int | None = None
@@ -306,6 +307,35 @@ class Evaluate(Stage):
             tokens=tokens,
             flops=2 * PARAMETERS * (4 * tokens + 5 * 48 * 230),
             memory=PARAMETERS * 8 + 1e9,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateReward(Stage):
+    """Accuracy of a reward model on held-out rankings, beside three baselines fitted to its training rankings.
+
+    ``test`` names the held-out data; ``limit`` and ``test_limit`` cut both, so as training was cut. Writes ``results.json``.
+    """
+
+    WORK: ClassVar[str] = "posttrain.work.evaluate_reward:run"
+    DATA: ClassVar[tuple[str, ...]] = ("rankings",)
+    TINY: ClassVar[Mapping[str, Any]] = {"base": "small", "data": "smallworld", "test": "smallworld"}
+    base: str = "smollm2"
+    reward: Stage
+    data: str = "default"
+    test: str = "default"
+    limit: int | None = None
+    test_limit: int | None = None
+    max_length: int = 1024
+    overlong: Overlong = "error"
+    dtype: str = "auto"
+    max_tokens: int = 1024
+
+    def plan(self) -> Plan:
+        """48 rankings, and the training rankings once for the frozen baseline."""
+        tokens = 230 * (2 * (self.test_limit or 48) + (self.limit or 128))
+        return Plan(
+            rows=self.test_limit or 48, tokens=tokens, flops=2 * PARAMETERS * tokens, memory=PARAMETERS * 4 + 1e9
         )
 
 

@@ -19,12 +19,12 @@ def ranked_pairs(rank: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def pair_weights(rank: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def pair_weights(rank: Tensor, group: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``(better, worse, weight)``, each ``[P]``; weight = 1 / pairs of that prompt, so that prompts count equally."""
     better, worse = ranked_pairs(rank, group)
     size = int(group.max()) + 1 if len(group) else 0
     pairs = torch.bincount(group[better], minlength=size)
-    return better, worse, 1.0 / pairs[group[better]]
+    return better, worse, 1.0 / pairs[group[better]].to(dtype)
 
 
 def bradley_terry(score: Tensor, rank: Tensor, group: Tensor) -> Tensor:
@@ -39,5 +39,5 @@ def bradley_terry(score: Tensor, rank: Tensor, group: Tensor) -> Tensor:
 
     Source: Ouyang et al. 2022, eq. 1.
     """
-    better, worse, weight = pair_weights(rank, group)
+    better, worse, weight = pair_weights(rank, group, score.dtype)
     return -logsigmoid(score[better] - score[worse]) * weight

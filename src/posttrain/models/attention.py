@@ -36,7 +36,8 @@ def attend(
     scores = softcap * torch.tanh(query @ key.transpose(2, 3) * scaling / softcap)
     if mask is None:
         mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril()
-    return scores.masked_fill(~mask, float("-inf")).float().softmax(-1).to(value.dtype) @ value
+    working = torch.promote_types(scores.dtype, torch.float32)
+    return scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=working).to(value.dtype) @ value
 
 
 class TreeLayout:

@@ -58,7 +58,7 @@ def new_small(seed: int) -> LlamaForCausalLM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(small_config())
-    return model.to(torch.float32).eval()
+    return model.float().eval()
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:

@@ -62,7 +62,8 @@ def token_stats(
     if other is None and any("other" in name for name in names):
         raise ValueError("a KL statistic needs other=(hidden, head)")
     rows = max(16, CHUNK_BYTES // (head.weight.shape[0] * max(4, hidden.element_size())))
-    out = _TokenStats.apply(hidden, head.weight, head.bias, target, head, other, names, temperature, rows)
+    apply: Any = _TokenStats.apply  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    out: tuple[Tensor, ...] = apply(hidden, head.weight, head.bias, target, head, other, names, temperature, rows)
     return dict(zip(names, out, strict=True))
 
 
@@ -135,18 +136,20 @@ class _TokenStats(torch.autograd.Function):
             parts.append(_chunk(names, logits_of(hidden[piece], head, temperature), target[piece], other_logp))
         empty = hidden.new_zeros(0, dtype=torch.promote_types(hidden.dtype, torch.float32))
         stats = {name: torch.cat([p[name] for p in parts]) if parts else empty for name in names}
+        ctx.set_materialize_grads(False)  # a statistic that no loss reads costs nothing
         ctx.save_for_backward(hidden, weight, bias, target)
         ctx.static, ctx.stats = static, {k: v.detach() for k, v in stats.items()}
         return tuple(stats[name] for name in names)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden, weight, bias, target = ctx.saved_tensors
         head, other, names, temperature, rows = ctx.static
+        wide = torch.promote_types(hidden.dtype, torch.float32)
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        d_weight = torch.zeros_like(weight, dtype=grads[0].dtype) if ctx.needs_input_grad[1] else None
-        d_bias = torch.zeros_like(bias, dtype=grads[0].dtype) if bias is not None and ctx.needs_input_grad[2] else None
+        d_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        d_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and ctx.needs_input_grad[2] else None
         for start in range(0, len(hidden), rows):
             piece = slice(start, start + rows)
             logits = logits_of(hidden[piece], head, temperature)

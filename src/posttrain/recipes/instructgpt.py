@@ -47,14 +47,8 @@ def instructgpt(model: str = "smollm2", data: str = "default") -> Recipe:
         max_new_tokens=64,
     )
     final = Merge(policy=reinforce, base=sft, after=evaluate)
-    stages = {
-        "sft": sft,
-        "reward": reward,
-        "reward_unseen": unseen,
-        "reinforce": reinforce,
-        "evaluate": evaluate,
-        "model": final,
-    }
+    stages = {"sft": sft, "reward": reward, "reward_unseen": unseen, "reinforce": reinforce}
+    stages |= {"evaluate": evaluate, "model": final}
     return Recipe("instructgpt", stages, "supervised fine-tuning, a reward model, PPO")
 
 

@@ -116,7 +116,7 @@ class RewardModel:
     def __call__(self, stats: Stats, batch: Batch) -> dict[str, Term]:
         """The loss, the share of pairs ordered right, and the mean score."""
         score, rank, group = stats["reward"]["score"], batch.branches["rank"], batch.forest.group
-        better, worse, weight = pair_weights(rank, group)
+        better, worse, weight = pair_weights(rank, group, score.dtype)
         gap = (score[better] - score[worse]).detach()
         right = (gap > 0).to(score.dtype) + 0.5 * (gap == 0).to(score.dtype)
         return {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,13 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from posttrain.data.collate import prompt_ids, ranking_rows
+from posttrain.data.collate import prompt_ids
 from posttrain.evals import results as sections
-from posttrain.evals import reward as rewards
 from posttrain.forest import Batch, Branch, Row, build_forest, split
-from posttrain.machine import matmul_speed
 from posttrain.models.load import load_policy, load_reward
-from posttrain.models.policy import Model, forward_stats, hidden_states
+from posttrain.models.policy import Model, forward_stats
 from posttrain.ops.masked import segment_sum
 from posttrain.rewards.model import score_rows
 from posttrain.rollout.engine import Request, Rollout, Sampling
@@ -26,6 +23,7 @@ from posttrain.rollout.local import LocalEngine
 from posttrain.stages import Context, Evaluate
 from posttrain.train.progress import progress
 from posttrain.types import Example
+from posttrain.work.evaluate_reward import machine, reward_accuracy, stage_seconds
 from posttrain.work.inputs import Start, choose_dtype, load_examples, start_from
 from posttrain.work.reinforce import load_trained
 from posttrain.work.reward import slice_rows
@@ -47,16 +45,13 @@ def run(stage: Evaluate, ctx: Context) -> None:
     dtype = choose_dtype(stage.dtype, base.path)
     scorers = {name: load_reward(str(ctx.inputs[field]), dtype=dtype) for name, field in SCORERS.items()}
     means = {n: json.loads((ctx.inputs[f] / "reward.json").read_text())["mean"] for n, f in SCORERS.items()}
-    accuracy, comparisons = reward_accuracy(stage, ctx, base, scorers)
+    frozen = load_policy(base.path, dtype=dtype)
+    train = slice_rows(load_examples(stage, ctx, "rankings"), stage.rows)
+    test = load_examples(stage, ctx, "heldout_rankings")
+    accuracy, comparisons = reward_accuracy(ctx, base.tokenizer, scorers, frozen, train, test, stage.max_tokens)
     policy, samples, worst = policies(stage, ctx, base, scorers, means)
-    machine = sections.machine_section(
-        device=platform.processor() or platform.machine(),
-        threads=torch.get_num_threads(),
-        fp32_gflops=matmul_speed("fp32"),
-        bf16_gflops=matmul_speed("bf16"),
-    )
     results = sections.closing_results(
-        machine=machine,
+        machine=machine(),
         reward_accuracy=accuracy,
         reward_comparisons=comparisons,
         policy=policy,
@@ -65,53 +60,6 @@ def run(stage: Evaluate, ctx: Context) -> None:
         stages=stage_seconds(ctx),
     )
     sections.write_results(results, ctx.dir / "results.json")
-
-
-def stage_seconds(ctx: Context) -> dict[str, float]:
-    """Seconds of the stages finished so far, in the order they ended."""
-    done = sorted(ctx.dir.parent.glob("*/done.json"), key=lambda p: p.stat().st_mtime)
-    return {path.parent.name: json.loads(path.read_text())["seconds"] for path in done}
-
-
-def reward_accuracy(stage: Evaluate, ctx: Context, base: Start, scorers: dict[str, Model]) -> tuple[Any, Any]:
-    """Accuracy on held-out rankings of both reward models and of three baselines fitted to the first one's rankings."""
-    train = slice_rows(load_examples(stage, ctx, "rankings"), stage.rows)
-    test = load_examples(stage, ctx, "heldout_rankings")
-    train_rows, test_rows = (ranking_rows(base.tokenizer, e, max_length=2048)[0] for e in (train, test))
-    train_ranks, ranks, failures = (
-        rewards.ranking_ranks(train),
-        rewards.ranking_ranks(test),
-        rewards.ranking_failures(test),
-    )
-    direction = rewards.length_direction(rewards.ranking_texts(train), train_ranks)
-    frozen = load_policy(base.path, dtype=choose_dtype(stage.dtype, base.path))
-    total = len(scorers) * len(test_rows) + len(train_rows) + len(test_rows)
-    with progress(ctx.console, "reward models", total) as update:
-        scores: dict[str, Any] = {}
-        for k, (name, model) in enumerate(scorers.items()):
-            scores[name] = score_rows(model, test_rows, max_tokens=stage.max_tokens)
-            update((k + 1) * len(test_rows), name)
-        features = branch_features(frozen, train_rows, stage.max_tokens)
-        update(total - len(test_rows), "frozen base")
-        weight = rewards.frozen_head(features, train_ranks)
-        scores["length"] = rewards.length_scores(rewards.ranking_texts(test), direction=direction)
-        scores["bag_of_words"] = rewards.bag_of_words_scores(train, test)
-        scores["frozen_base"] = rewards.head_scores(branch_features(frozen, test_rows, stage.max_tokens), weight)
-        update(total, "done")
-    outcomes = {name: rewards.pair_outcomes(s, ranks, failures) for name, s in scores.items()}
-    return sections.reward_section(outcomes, length_direction=direction), sections.compare_rewards(outcomes)
-
-
-def branch_features(model: Model, rows: Sequence[Row], max_tokens: int) -> list[np.ndarray]:
-    """The trunk's state at each response's last token, ``[K, d]`` a row."""
-    batch = Batch(build_forest(rows), {}, {}, {})
-    parts: list[torch.Tensor] = []
-    with torch.no_grad():
-        for part in split(batch, max_tokens, whole_groups=False):
-            parts.append(hidden_states(model, part.forest).index_select(0, part.forest.end).float())
-    flat = torch.cat(parts).numpy()
-    ends = np.cumsum([len(row.branches) for row in rows])
-    return np.split(flat, ends[:-1])
 
 
 def policies(

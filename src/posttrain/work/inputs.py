@@ -97,16 +97,22 @@ def load_examples(stage: Any, ctx: Context, part: str) -> list[Example]:
     files = data_files(stage.data, _root_model(stage))
     if part not in files:
         raise ConfigError(f"data '{stage.data}' has no {part}; {suggest(part, files)}; expected a file {part}.jsonl")
+    return read_part(files[part], ctx, getattr(stage, "limit", None))
+
+
+def read_part(file: Path, ctx: Context, limit: int | None) -> list[Example]:
+    """Read a file; a few faulty rows are left out and counted aloud.
+
+    Raises:
+        DataError: more than `FAULTY` of the rows are faulty.
+    """
     faults: list[DataError] = []
-    examples = read_jsonl(files[part], limit=getattr(stage, "limit", None), faults=faults)
-    if len(faults) > FAULTY * (len(examples) + len(faults)):
-        raise DataError(
-            f"{files[part]}: {len(faults)} of {len(examples) + len(faults)} rows are faulty, more than {FAULTY:.0%}; first: {faults[0]}"
-        )
+    examples = read_jsonl(file, limit=limit, faults=faults)
+    total = len(examples) + len(faults)
+    if len(faults) > FAULTY * total:
+        raise DataError(f"{file}: {len(faults)} of {total} rows are faulty, more than {FAULTY:.0%}; first: {faults[0]}")
     if faults:
-        ctx.console.print(
-            f"[yellow]{len(faults)} faulty rows left out of {len(examples) + len(faults)}; first: {faults[0]}[/]"
-        )
+        ctx.console.print(f"[yellow]{len(faults)} faulty rows left out of {total}; first: {faults[0]}[/]")
     return examples
 
 
@@ -130,6 +136,9 @@ def stage_files(stage: Any) -> list[Path]:
         if missing and stage.DATA[0] in missing:
             raise ConfigError(f"data '{stage.data}' has no {missing[0]}; {suggest(missing[0], files)}")
         out += [files[part] for part in stage.DATA if part in files]
+    if test := getattr(stage, "test", None):
+        held = data_files(test, _root_model(stage))
+        out.append(held.get("heldout_rankings") or held["rankings"])
     if (name := stage_model(stage)) is not None:
         found: Found = find_model(name)
         weights = Path(found.path) / "model.safetensors"

@@ -1,0 +1,136 @@
+"""What is saved opens in plain transformers and computes the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
+
+from data.conftest import phi3, smol
+from posttrain.data.chat import render_prompt, render_response
+from posttrain.forest import Branch, Row
+from posttrain.models.load import load_policy, load_reward, new_reward, save_merged, value_role
+from posttrain.models.lora import Lora
+from posttrain.models.policy import Model
+from posttrain.rewards.model import score_rows
+from posttrain.types import Message
+from tiny import plain_net
+
+from .test_lora import logits, stir
+
+TALKS = [
+    ("Name a colour.", "Red."),
+    ("What is the sum of two and three?", "The sum is five, hello to you too!"),
+    ("Hello there", "General greeting"),
+]
+TOKENIZERS = {"pad==eos": lambda: smol(unk_token="<|endoftext|>"), "no newline after the stop": phi3}
+
+
+@pytest.fixture(params=["llama", "gemma2"])
+def base(request, tmp_path):
+    """A saved language model in fp32 with a vocabulary that fits the tokenizers."""
+    net = plain_net(request.param, dtype=torch.float32, vocab_size=512)
+    net.generation_config = GenerationConfig(eos_token_id=[2, 7], pad_token_id=0, bos_token_id=1)
+    net.save_pretrained(tmp_path / "base")
+    return str(tmp_path / "base")
+
+
+def trained(model: Model, seed=0) -> Model:
+    """Stand in for training: move every trained tensor."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters().values():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=draw))
+    return model
+
+
+@pytest.mark.parametrize("lora", [None, Lora(rank=4, alpha=8)])
+def test_merged_policy(base, tmp_path, lora):
+    model = load_policy(base, dtype=torch.float32, lora=lora, train=True)
+    before = logits(model, [5, 6, 7, 8])
+    trained(model)
+    mine = logits(model, [5, 6, 7, 8])
+    assert (mine - before).abs().max() > 0.01
+    save_merged(model, base, tmp_path / "out", smol())
+    net = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(net(torch.tensor([[5, 6, 7, 8]])).logits[0], mine, atol=1e-5, rtol=0)
+    assert net.dtype == torch.float32 and net.generation_config.eos_token_id == [2, 7]
+    assert "posttrain" not in (tmp_path / "out" / "config.json").read_text()
+    assert not list((tmp_path / "out").glob("adapter*"))
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == smol().chat_template
+
+
+def test_a_small_delta_on_a_bf16_network_is_not_rounded_away(base, tmp_path):
+    model = load_policy(base, dtype=torch.bfloat16, lora=Lora(rank=4, alpha=8), train=True)
+    stir(model.net, "policy")
+    for parameter in model.parameters().values():
+        parameter.data *= 0.05
+    save_merged(model, base, tmp_path / "out", smol())
+    old = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    new = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    moved = [k for k in old if not torch.equal(old[k], new[k])]
+    assert len(moved) == 14 and all("_proj" in k for k in moved)
+    for k in moved:  # smaller than half a step of bf16 in most entries
+        assert ((new[k] - old[k]).abs() < old[k].abs() * 2**-9).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("lora", [None, Lora(rank=4, alpha=8)])
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_reward_model_scores_the_same_in_plain_transformers(base, tmp_path, kind, lora):
+    tokenizer = TOKENIZERS[kind]()
+    model = trained(new_reward(base, dtype=torch.float32, seed=1, lora=lora))
+    if lora is None:  # the tied embedding has no output layer here; nothing of the trunk may stay untrained
+        assert all(p.requires_grad for p in model.net.parameters())
+    rows = []
+    for prompt, answer in TALKS:
+        said, reply = [Message(role="user", content=prompt)], [Message(role="assistant", content=answer)]
+        ids = render_response(tokenizer, said, reply)
+        rows.append(Row(render_prompt(tokenizer, said), [Branch(ids, {})]))
+    mine = torch.tensor([s for (s,) in score_rows(model, rows)])
+    assert mine.std() > 0.01
+    save_merged(model, base, tmp_path / "out", tokenizer)
+    assert "posttrain" not in (tmp_path / "out" / "config.json").read_text()
+
+    net = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    whole = [[*r.prompt, *r.branches[0].ids] for r in rows]
+    talks = [[{"role": "user", "content": p}, {"role": "assistant", "content": a}] for p, a in TALKS]
+    rendered = [theirs.apply_chat_template(t, return_dict=False) for t in talks]
+    assert rendered == whole
+    assert theirs.pad_token_id not in {ids[-1] for ids in whole} and len({len(ids) for ids in whole}) == 3
+    padded = theirs.pad({"input_ids": whole}, return_tensors="pt", padding_side="right")
+    batched = theirs.apply_chat_template(talks, padding=True, return_tensors="pt", return_dict=True)
+    with torch.no_grad():
+        singles = torch.cat([net(torch.tensor([ids])).logits[:, 0] for ids in whole])
+        together = net(**padded).logits[:, 0]
+        from_text = net(**batched).logits[:, 0]
+    for name, got in (("single", singles), ("padded", together), ("template", from_text)):
+        torch.testing.assert_close(got, mine, atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+    again = load_reward(str(tmp_path / "out"), dtype=torch.float32)
+    torch.testing.assert_close(torch.tensor([s for (s,) in score_rows(again, rows)]), mine, atol=1e-5, rtol=0)
+
+
+def test_a_new_scalar_head_is_of_the_documented_size(base):
+    weight = new_reward(base, dtype=torch.bfloat16, seed=3, lora=Lora()).scalar.weight
+    again = new_reward(base, dtype=torch.float32, seed=3).scalar.weight
+    assert weight.dtype == torch.float32 and torch.equal(weight, again)
+    assert float(weight.std()) * 33**0.5 == pytest.approx(1, abs=0.35)
+
+
+@pytest.mark.parametrize("head_only", [True, False])
+def test_training_the_critic_leaves_the_reward_alone(base, tmp_path, head_only):
+    reward = new_reward(base, dtype=torch.float32, seed=1)
+    save_merged(reward, base, tmp_path / "rm", TOKENIZERS["pad==eos"]())
+    reward = load_reward(str(tmp_path / "rm"), dtype=torch.float32)
+    rows = [Row([5, 6, 7], [Branch([8, 9], {}), Branch([10], {})])]
+    before = score_rows(reward, rows)
+    value = value_role(reward, lora=Lora(rank=4), seed=0, head_only=head_only)
+    assert score_rows(value, rows) == before  # it starts as the reward model
+    names = set(value.parameters())
+    assert (names == {"scalar.weight"}) if head_only else len(names) == 1 + 2 * 14
+    trained(value)
+    assert score_rows(reward, rows) == before
+    assert score_rows(value, rows) != before
+    assert reward.parameters() == {}

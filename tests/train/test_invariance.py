@@ -1,0 +1,160 @@
+"""Micro-batches change neither loss nor gradient, and both are those of plain rows through transformers."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch.nn.functional import logsigmoid
+
+from posttrain.forest import Batch, build_forest, split
+from posttrain.losses.policy import ppo_clip
+from posttrain.models.policy import forward_stats
+from posttrain.train.log import METRICS
+from posttrain.train.loop import _accumulate
+from posttrain.train.objectives import PolicyGradient, RewardModel, Supervised
+from posttrain.train.sources import demonstration_source, ranking_source
+
+from .tiny import network, random_rows, role
+
+SHAPE = [(5, [4, 7, 3]), (9, [6]), (2, [8, 8]), (12, [5, 1, 9, 2]), (1, [3])]
+near = partial(pytest.approx, rel=1e-9, abs=1e-9)
+
+
+def supervised():
+    source = demonstration_source(random_rows(1, SHAPE), per_step=5, seed=0)
+    return {"policy": role(0)}, Supervised(), source(0)
+
+
+def ranking():
+    shape = [(5, [4, 7, 3]), (9, [6, 5]), (2, [8, 8]), (12, [5, 1, 9, 2])]
+    source = ranking_source(random_rows(2, shape, None), [[0, 1, 2], [1, 0], [0, 1], [0, 2, 1, 1]], per_step=4, seed=0)
+    return {"reward": role(0, scalar=True)}, RewardModel(), source(0)
+
+
+def policy_gradient():
+    models = {"policy": role(0), "value": role(1, scalar=True)}
+    forest = build_forest(random_rows(3, SHAPE, "sampled"))
+    g = torch.Generator().manual_seed(9)
+    noise = lambda: torch.randn(len(forest.target), generator=g, dtype=torch.float64)  # noqa: E731
+    with torch.no_grad():
+        now = forward_stats(models["policy"], forest, frozenset({"logp"}))["logp"]
+        value = forward_stats(models["value"], forest, frozenset({"value"}))["value"]
+    tokens = {
+        "old_logp": now + 0.3 * noise(),
+        "advantage": noise(),
+        "old_value": value + 0.3 * noise(),
+        "return": noise(),
+    }
+    counts = {"tokens": float(forest.masks["sampled"].sum())}
+    return models, PolicyGradient(), Batch(forest, tokens, {}, counts)
+
+
+def gradients(models, objective, batch, max_tokens):
+    """Metrics and gradients of a step."""
+    parts = split(batch, max_tokens, objective.whole_groups)
+    found = _accumulate(models, objective, batch, parts, 0)
+    grads = {}
+    for name, model in models.items():
+        for key, parameter in model.parameters().items():
+            if parameter.grad is not None:
+                grads[f"{name}/{key}"] = parameter.grad.clone()
+                parameter.grad = None
+    return found, grads, len(parts)
+
+
+@pytest.mark.parametrize("make", [supervised, ranking, policy_gradient])
+def test_max_tokens_changes_nothing(make):
+    models, objective, batch = make()
+    whole, expected, one = gradients(models, objective, batch, 10_000)
+    assert one == 1 and whole.keys() <= METRICS.keys()
+    assert max(float(g.abs().max()) for g in expected.values()) > 1e-3
+    for max_tokens in (30, 100):
+        found, grads, parts = gradients(models, objective, batch, max_tokens)
+        assert parts > (2 if max_tokens == 30 else 0)
+        assert found == near(whole) and grads.keys() == expected.keys()
+        for name, grad in grads.items():
+            torch.testing.assert_close(grad, expected[name], atol=1e-9, rtol=0, msg=partial("{} {}".format, name))
+
+
+def rows_of(forest):
+    """``(prompt ids, response ids, mask or None)`` of every branch."""
+    ids, at = forest.ids, 0
+    for tree in forest.trees:
+        for begin, end in tree.branches:
+            marks = {k: v[at : at + end - begin] for k, v in forest.masks.items()}
+            at += end - begin
+            yield ids[slice(*tree.prompt)], ids[begin:end], marks
+
+
+def compare(net, loss, found, expected, role_name):
+    assert found["loss/total"] == near(float(loss))
+    loss.backward()
+    for key, parameter in net.named_parameters():
+        torch.testing.assert_close(expected[f"{role_name}/{key}"], parameter.grad, atol=1e-9, rtol=0)
+
+
+def test_supervised_is_the_mean_over_tokens_of_plain_rows():
+    models, objective, batch = supervised()
+    found, grads, _ = gradients(models, objective, batch, 30)
+    net, total, count = network(0), 0.0, 0
+    for prompt, response, marks in rows_of(batch.forest):
+        logits = net(torch.cat([prompt, response])[None], use_cache=False).logits[0, len(prompt) - 1 : -1]
+        logp = logits.log_softmax(1)[torch.arange(len(response)), response]
+        total, count = total - logp[marks["loss"]].sum(), count + int(marks["loss"].sum())
+    assert count == batch.counts["tokens"] and found["loss/nll"] == found["loss/total"]
+    compare(net, total / count, found, grads, "policy")
+
+
+def test_ranking_is_the_mean_over_prompts_of_the_mean_over_pairs_of_plain_rows():
+    models, objective, batch = ranking()
+    found, grads, _ = gradients(models, objective, batch, 30)
+    net, losses, right = network(0, scalar=True), [], []
+    scores = [
+        net.score(net.model(torch.cat([p, r])[None], use_cache=False).last_hidden_state[0, -1])[0]
+        for p, r, _ in rows_of(batch.forest)
+    ]
+    rank, group = batch.branches["rank"].tolist(), batch.forest.group.tolist()
+    for tree in range(len(batch.forest.trees)):
+        members = [i for i, g in enumerate(group) if g == tree]
+        gaps = [scores[i] - scores[j] for i in members for j in members if rank[i] < rank[j]]
+        losses.append(-torch.stack([logsigmoid(gap) for gap in gaps]).mean())
+        right.append(sum(float(gap > 0) for gap in gaps) / len(gaps))
+    assert found["accuracy/pairs"] == near(sum(right) / len(right))
+    assert found["score/mean"] == near(float(torch.stack(scores).mean()))
+    weight = models["reward"].net.score.weight  # of the role, under its own name
+    compare_names = {k.replace("reward/scalar.weight", "reward/score.weight"): g for k, g in grads.items()}
+    assert weight.grad is None
+    compare(net, torch.stack(losses).mean(), found, compare_names, "reward")
+
+
+def test_policy_and_value_terms_by_hand():
+    models, objective, batch = policy_gradient()
+    found, _, _ = gradients(models, objective, batch, 10_000)
+    mask, t = batch.forest.masks["sampled"], batch.tokens
+    with torch.no_grad():
+        now = forward_stats(models["policy"], batch.forest, frozenset({"logp"}))["logp"]
+        value = forward_stats(models["value"], batch.forest, frozenset({"value"}))["value"]
+    rho, a = (now - t["old_logp"]).exp(), t["advantage"]
+    surrogate = torch.stack([a * rho, a * rho.clamp(0.8, 1.2)])
+    near_value = t["old_value"] + (value - t["old_value"]).clamp(-0.2, 0.2)
+    errors = torch.stack([value, near_value]) - t["return"]
+    d = (t["old_logp"] - now)[mask]
+    expected = {
+        "loss/policy": float(-surrogate.min(0).values[mask].mean()),
+        "loss/value": float(0.5 * errors.square().max(0).values[mask].mean()),
+        "policy/clipped": float((surrogate[1] < surrogate[0])[mask].double().mean()),
+        "policy/ratio_error": float((rho - 1).abs()[mask].mean()),
+        "kl/update": float(((-d).exp() - 1 + d).mean()),
+    }
+    assert 0.1 < expected["policy/clipped"] < 0.6
+    assert found == near(expected | {"loss/total": expected["loss/policy"] + expected["loss/value"]})
+
+
+def test_without_a_critic_the_value_is_neither_read_nor_trained():
+    models, _, batch = policy_gradient()
+    objective = PolicyGradient(loss=partial(ppo_clip, clip=0.1), clip=0.1, critic=False)
+    assert set(objective.reads) == {"policy"}
+    found, grads, _ = gradients(models, objective, batch, 30)
+    assert "loss/value" not in found and not any(key.startswith("value/") for key in grads)
