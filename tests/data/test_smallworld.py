@@ -81,7 +81,7 @@ def test_rankings_fall_in_gold_and_name_the_failures():
     for row in RANKINGS:
         totals = [world.gold(row["prompt"], text).total for text in row["completions"]]
         assert len(totals) == 4
-        assert all(a > b + 0.01 for a, b in itertools.pairwise(totals))
+        assert all(a - b > 0.009 for a, b in itertools.pairwise(totals))
         assert row["failures"][0] is None
         assert set(row["failures"][1:]) <= set(world.FAILURES)
         assert all(failure in row["reason"] for failure in row["failures"][1:])

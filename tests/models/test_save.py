@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
-from data.conftest import phi3, smol
+from data.conftest import byte_level, llama3, phi3, sentence_piece, smol
 from posttrain.data.chat import render_prompt, render_response
 from posttrain.forest import Branch, Row
 from posttrain.models.load import load_policy, load_reward, new_reward, save_merged, value_role
@@ -21,9 +21,22 @@ from .test_lora import logits, stir
 TALKS = [
     ("Name a colour.", "Red."),
     ("What is the sum of two and three?", "The sum is five, hello to you too!"),
-    ("Hello there", "General greeting"),
+    ("Hello there", "General greeting, hello"),
 ]
-TOKENIZERS = {"pad==eos": lambda: smol(unk_token="<|endoftext|>"), "no newline after the stop": phi3}
+GEMMA_LIKE = "{% for m in messages %}{{ '<bos>' + m['role'] + m['content'] + '<eos>' }}{% endfor %}" + (
+    "{% if add_generation_prompt %}{{ '<bos>assistant' }}{% endif %}"
+)
+CLEAN = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+TOKENIZERS = {
+    "pad==eos, newline after the stop": lambda: smol(unk_token="<|endoftext|>"),
+    "pad of its own, nothing after the stop": lambda: byte_level(
+        ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"], CLEAN, pad_token="<|pad|>", eos_token="<|end|>"
+    ),
+    "no pad": lambda: sentence_piece(["<bos>", "<eos>"], GEMMA_LIKE, "never", eos_token="<eos>", bos_token="<bos>"),
+}
 
 
 @pytest.fixture(params=["llama", "gemma2"])
@@ -80,8 +93,6 @@ def test_a_small_delta_on_a_bf16_network_is_not_rounded_away(base, tmp_path):
 def test_reward_model_scores_the_same_in_plain_transformers(base, tmp_path, kind, lora):
     tokenizer = TOKENIZERS[kind]()
     model = trained(new_reward(base, dtype=torch.float32, seed=1, lora=lora))
-    if lora is None:  # the tied embedding has no output layer here; nothing of the trunk may stay untrained
-        assert all(p.requires_grad for p in model.net.parameters())
     rows = []
     for prompt, answer in TALKS:
         said, reply = [Message(role="user", content=prompt)], [Message(role="assistant", content=answer)]
@@ -116,21 +127,38 @@ def test_a_new_scalar_head_is_of_the_documented_size(base):
     weight = new_reward(base, dtype=torch.bfloat16, seed=3, lora=Lora()).scalar.weight
     again = new_reward(base, dtype=torch.float32, seed=3).scalar.weight
     assert weight.dtype == torch.float32 and torch.equal(weight, again)
-    assert float(weight.std()) * 33**0.5 == pytest.approx(1, abs=0.35)
+    assert weight.std().item() * 33**0.5 == pytest.approx(1, abs=0.35)
 
 
 @pytest.mark.parametrize("head_only", [True, False])
 def test_training_the_critic_leaves_the_reward_alone(base, tmp_path, head_only):
     reward = new_reward(base, dtype=torch.float32, seed=1)
-    save_merged(reward, base, tmp_path / "rm", TOKENIZERS["pad==eos"]())
+    save_merged(reward, base, tmp_path / "rm", smol(unk_token="<|endoftext|>"))
     reward = load_reward(str(tmp_path / "rm"), dtype=torch.float32)
     rows = [Row([5, 6, 7], [Branch([8, 9], {}), Branch([10], {})])]
     before = score_rows(reward, rows)
     value = value_role(reward, lora=Lora(rank=4), seed=0, head_only=head_only)
-    assert score_rows(value, rows) == before  # it starts as the reward model
+    (now,) = score_rows(value, rows)
+    assert now == ([0.0, 0.0] if head_only else pytest.approx(before[0], abs=1e-5))  # where a critic starts
     names = set(value.parameters())
     assert (names == {"scalar.weight"}) if head_only else len(names) == 1 + 2 * 14
     trained(value)
     assert score_rows(reward, rows) == before
-    assert score_rows(value, rows) != before
+    assert abs(score_rows(value, rows)[0][0] - before[0][0]) > 1e-3
     assert reward.parameters() == {}
+
+
+@pytest.mark.xfail(strict=True, reason="the template writes EOS after the turn's stop token; the score is read there")
+def test_reward_template_that_ends_conversations_with_eos(base, tmp_path):
+    tokenizer = phi3()
+    save_merged(new_reward(base, dtype=torch.float32), base, tmp_path / "out", tokenizer)
+    said, reply = [Message(role="user", content="Hello")], [Message(role="assistant", content="there")]
+    talk = [{"role": m.role, "content": m.content} for m in said + reply]
+    rendered = AutoTokenizer.from_pretrained(tmp_path / "out").apply_chat_template(talk, return_dict=False)
+    assert rendered == [*render_prompt(tokenizer, said), *render_response(tokenizer, said, reply)]
+
+
+@pytest.mark.xfail(strict=True, reason="only named special tokens are looked at, not all added ones")
+def test_reward_tokenizer_without_pad_takes_any_special_token_it_has(base, tmp_path):
+    tokenizer = llama3()
+    save_merged(new_reward(base, dtype=torch.float32), base, tmp_path / "out", tokenizer)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from posttrain.errors import RewardError
-from posttrain.forest import Branch, Row
+from posttrain.forest import Branch, Row, build_forest
 from posttrain.models.load import value_role
 from posttrain.models.policy import Model, forward_stats, hidden_states
 from posttrain.rewards.base import Completion, Score, from_function, weighted_sum
@@ -92,12 +92,10 @@ def test_scores_do_not_depend_on_how_rows_are_cut(model):
 def test_scores_are_read_at_the_last_token(model):
     row = Row([5, 6, 7], [Branch([8, 9], {}), Branch([10], {})])
     states = model.net.base_model(torch.tensor([[5, 6, 7, 8, 9]])).last_hidden_state[0, -1]
-    assert score_rows(model, [row])[0][0] == pytest.approx(float(model.scalar(states)), abs=1e-9)
+    assert score_rows(model, [row])[0][0] == pytest.approx(model.scalar(states).item(), abs=1e-9)
 
 
 def test_a_head_only_critic_trains_beside_the_reward(model):
-    from posttrain.forest import build_forest
-
     rows = random_rows(2)
     before = score_rows(model, rows)
     states = hidden_states(model, build_forest(rows))
@@ -105,11 +103,11 @@ def test_a_head_only_critic_trains_beside_the_reward(model):
     optimizer = torch.optim.SGD(value.parameters().values(), lr=0.01)
     losses = []
     for _ in range(3):
-        loss = forward_stats(value, build_forest(rows), frozenset({"value"}))["value"].square().mean()
+        loss = forward_stats(value, build_forest(rows), frozenset({"value"}))["value"].sub(1.0).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[2] < losses[1] < losses[0]
     assert score_rows(model, rows) == before
     assert torch.equal(hidden_states(model, build_forest(rows)), states)

@@ -89,7 +89,7 @@ def rows_of(forest):
 
 
 def compare(net, loss, found, expected, role_name):
-    assert found["loss/total"] == near(float(loss))
+    assert found["loss/total"] == near(loss.item())
     loss.backward()
     for key, parameter in net.named_parameters():
         torch.testing.assert_close(expected[f"{role_name}/{key}"], parameter.grad, atol=1e-9, rtol=0)
@@ -122,7 +122,7 @@ def test_ranking_is_the_mean_over_prompts_of_the_mean_over_pairs_of_plain_rows()
         losses.append(-torch.stack([logsigmoid(gap) for gap in gaps]).mean())
         right.append(sum(float(gap > 0) for gap in gaps) / len(gaps))
     assert found["accuracy/pairs"] == near(sum(right) / len(right))
-    assert found["score/mean"] == near(float(torch.stack(scores).mean()))
+    assert found["score/mean"] == near(torch.stack(scores).mean().item())
     weight = models["reward"].net.score.weight  # of the role, under its own name
     compare_names = {k.replace("reward/scalar.weight", "reward/score.weight"): g for k, g in grads.items()}
     assert weight.grad is None

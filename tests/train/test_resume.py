@@ -120,7 +120,7 @@ def test_a_sampler_that_is_not_the_policy_is_refused_before_the_first_step(tmp_p
     models = {"policy": role(0), "value": role(1, scalar=True)}
     source = rollouts(role(4, trained=False), role(0, trained=False), models["value"])
     before = weights(models)
-    with pytest.raises(CheckError, match="ratio before updates: got .* expected mean within 0.0001"):
+    with pytest.raises(CheckError, match=r"ratio before updates: got .* expected mean within 0\.0001"):
         fit(models, PolicyGradient(), source, optim=OPTIM, run=run_in(tmp_path))
     assert equal(weights(models), before)
 

@@ -205,12 +205,14 @@ def role(model: Model, name: str, *, lora: adapters.Lora | None, seed: int) -> M
 def value_role(reward: Model, *, lora: adapters.Lora | None, seed: int, head_only: bool = False) -> Model:
     """A critic that starts as the reward model: an adapter on its trunk and a copy of its head (InstructGPT, appendix C.4).
 
-    With ``head_only`` the trunk stays the reward model's own and only the copied head is trained.
+    With ``head_only`` the trunk stays the reward model's own and only a head is trained, from zero: the reward model's head
+    reads states at the end of responses, and elsewhere predicts worse than a constant.
     """
     assert reward.scalar is not None
     head = nn.Linear(reward.scalar.in_features, 1, bias=False, dtype=reward.scalar.weight.dtype)
     head.load_state_dict(reward.scalar.state_dict())
     if head_only:
+        nn.init.zeros_(head.weight)
         return replace(reward, scalar=head, trained=True, head_only=True)
     return role(replace(reward, scalar=head), "value", lora=lora, seed=seed)
 

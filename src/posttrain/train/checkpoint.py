@@ -53,6 +53,8 @@ def load_checkpoint(directory: Path) -> tuple[int, dict[str, Tensor], dict[str, 
     for path in sorted(directory.glob("step-*"), reverse=True):
         try:
             manifest = json.loads((path / "manifest.json").read_text())
+            if path.name != f"step-{manifest['step']:08d}":
+                raise ValueError(f"manifest.json says step {manifest['step']}")
             for name, digest in manifest["sha256"].items():
                 if _sha256(path / name) != digest:
                     raise ValueError(f"{name} does not match its checksum")

@@ -66,7 +66,7 @@ class JsonLines:
         self.path = path
         kept = []
         if path.exists():
-            for line in path.read_text().split("\n")[:-1]:  # splitlines also cuts at U+2028, which JSON leaves as it is
+            for line in path.read_text().split("\n"):  # not splitlines: JSON leaves U+2028 as it is
                 try:
                     record = json.loads(line)
                 except json.JSONDecodeError:  # the last line of a killed process

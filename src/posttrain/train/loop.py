@@ -94,7 +94,7 @@ def fit(
             batch = source(step)
             parts = split(batch, run.max_tokens, objective.whole_groups)
             if step == start:
-                _check(models, objective, parts[0], run)
+                _check(models, objective, next((p for p in parts if _has_targets(p, objective)), parts[0]), run)
             metrics = _accumulate(models, objective, batch, parts, step)
             factor = schedule_factor(optim, step, run.steps)
             metrics["optim/grad_norm"] = optimizer.step(factor)
@@ -125,6 +125,11 @@ def _restore(run: Run, optimizer: MasterAdamW, source: Source) -> int:
     source.load_state(state["source"])
     run.console.print(f"[dim]{run.title}: continuing after step {step} of {run.steps}[/]")
     return step
+
+
+def _has_targets(part: Batch, objective: Objective) -> bool:
+    """Whether the objective's mask leaves a micro-batch anything to read."""
+    return objective.mask is None or bool(part.forest.masks[objective.mask].any())
 
 
 def _stats(models: Mapping[str, Model], objective: Objective, part: Batch) -> dict[str, dict[str, Tensor]]:
@@ -158,7 +163,7 @@ def _accumulate(
         losses = [t.coefficient * t.sum / batch.counts[t.unit] for t in terms.values() if t.coefficient]
         loss = torch.stack([x.double() for x in losses]).sum()
         if not torch.isfinite(loss):
-            raise CheckError(f"the loss is {float(loss)} at step {step}; weights are unchanged")
+            raise CheckError(f"the loss is {loss.item()} at step {step}; weights are unchanged")
         if loss.requires_grad:
             loss.backward()
         loss_total += loss.detach().cpu()

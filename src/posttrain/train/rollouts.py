@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain.errors import RewardError
+from posttrain.errors import ConfigError, RewardError
 from posttrain.forest import Batch, Branch, Row, build_forest, split, take
 from posttrain.losses.advantages import gae, token_reward
 from posttrain.models.policy import Model, forward_stats
@@ -49,6 +49,20 @@ class Plan:
     cut_score: float | None = None
     seed: int = 0
     max_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        """Refuse plans whose updates would be empty, or whose sampler is not the distribution that is trained."""
+        if not 1 <= self.updates <= self.prompts or self.samples < 1:
+            raise ConfigError(
+                f"got {self.prompts} prompts, {self.samples} samples, {self.updates} updates a rollout; expected at least 1 of "
+                "each and no more updates than prompts"
+            )
+        s = self.sampling
+        if s.temperature == 0 or s.top_k is not None or s.top_p < 1:
+            raise ConfigError(
+                f"got temperature={s.temperature}, top_k={s.top_k}, top_p={s.top_p}; training needs the whole distribution: "
+                "temperature above 0, top_k None, top_p 1"
+            )
 
 
 @dataclass

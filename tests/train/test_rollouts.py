@@ -1,0 +1,132 @@
+"""Rollout batches: advantages by hand, abstentions, cut responses, and the order of prompts."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from posttrain.errors import RewardError
+from posttrain.rewards.base import Score
+from posttrain.train.log import METRICS
+from posttrain.train.loop import fit
+from posttrain.train.objectives import PolicyGradient
+from posttrain.train.optim import Optim
+
+from .tiny import PROMPTS, role, rollouts, run_in, score
+
+POLICY, REFERENCE, VALUE = role(0), role(3, trained=False), role(1, scalar=True)
+
+
+def source(**changes):
+    return rollouts(POLICY, REFERENCE, VALUE, **({"updates": 1} | changes))
+
+
+def some(completions):
+    """Scores that abstain on every third response."""
+    return [s if i % 3 else Score(None) for i, s in enumerate(score(completions))]
+
+
+def by_hand(batch, kept, scores, kl, lam=0.95):
+    """Advantages (not whitened) and returns of kept responses, in plain Python."""
+    t = {k: v.tolist() for k, v in batch.tokens.items()}
+    branch = batch.forest.branch.tolist()
+    advantage, returns = [0.0] * len(branch), [0.0] * len(branch)
+    for b in kept:
+        mine = [m for m, home in enumerate(branch) if home == b]
+        after_value = after = 0.0
+        for m in reversed(mine):
+            reward = -kl * (t["old_logp"][m] - t["ref_logp"][m]) + (scores[b] if m == mine[-1] else 0.0)
+            after = reward + after_value - t["old_value"][m] + lam * after
+            after_value = t["old_value"][m]
+            advantage[m], returns[m] = after, after + t["old_value"][m]
+    return advantage, returns
+
+
+@pytest.mark.parametrize("reward", [score, some])
+def test_advantages_by_hand_and_abstentions_leave_no_trace(reward):
+    src = source(reward=reward)
+    batch = src(0)
+    mask, branch = batch.forest.masks["sampled"], batch.forest.branch
+    kept = [b for b in range(8) if reward is score or b % 3]
+    assert mask.tolist() == [b in kept for b in branch.tolist()]
+    assert batch.counts == {"tokens": float(mask.sum())}
+    raw, returns = by_hand(batch, kept, batch.branches["reward"].tolist(), 0.1)
+    inside = [x for x, on in zip(raw, mask.tolist(), strict=True) if on]
+    mean = sum(inside) / len(inside)
+    std = math.sqrt(sum((x - mean) ** 2 for x in inside) / len(inside) + 1e-8)
+    expected = [(x - mean) / std if on else 0.0 for x, on in zip(raw, mask.tolist(), strict=True)]
+    assert batch.tokens["advantage"].tolist() == pytest.approx(expected, abs=1e-9)
+    assert batch.tokens["return"].tolist() == pytest.approx(returns, abs=1e-9)
+    known = [batch.branches["reward"][b].item() for b in kept]
+    measured = src.metrics(0)
+    assert measured["abstained/share"] == (0 if reward is score else 3 / 8)
+    assert measured["reward/mean"] == pytest.approx(sum(known) / len(known), abs=1e-6)
+
+
+def test_updates_share_a_rollout_by_whole_prompts():
+    whole, cut = source(reward=some), source(reward=some, updates=2)
+    all_of, parts = whole(0), [cut(0), cut(1)]
+    assert [len(p.forest.trees) for p in parts] == [2, 2]
+    assert sum(p.counts["tokens"] for p in parts) == all_of.counts["tokens"]
+    joined = torch.cat([p.tokens["advantage"] for p in parts]).sort().values
+    assert torch.equal(joined, all_of.tokens["advantage"].sort().values)
+    assert not cut.resumable(1) and cut.resumable(2) and cut.metrics(1) == {}
+
+
+def test_a_cut_response_gets_the_cut_score():
+    plain, cut = source()(0), source(cut_score=-10.0)(0)
+    truncated = plain.forest.truncated
+    assert truncated.any() and not truncated.all()
+    assert torch.equal(cut.forest.ids, plain.forest.ids)
+    assert (cut.branches["reward"][truncated] == -10).all()
+    assert torch.equal(cut.branches["reward"][~truncated], plain.branches["reward"][~truncated])
+    _, returns = by_hand(cut, range(8), cut.branches["reward"].tolist(), 0.1)
+    assert cut.tokens["return"].tolist() == pytest.approx(returns, abs=1e-9)
+
+
+def test_wrong_rewards_are_refused():
+    with pytest.raises(RewardError, match="the reward gave 7 scores for 8 responses; expected one each"):
+        source(reward=lambda completions: score(completions)[:-1])(0)
+    with pytest.raises(RewardError, match="abstained on every response"):
+        source(reward=lambda completions: [Score(None)] * len(completions))(0)
+
+
+@pytest.mark.parametrize("prompts", [1, 4, 5, 6, 13])
+def test_each_epoch_has_every_prompt_once(prompts):
+    src, size = source(prompts=prompts), len(PROMPTS)
+    order = [i for rollout in range(4 * size) for i in src.prompt_indices(rollout)]
+    epochs = [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
+    assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
+    assert any(a != b for a, b in pairwise(epochs))
+
+
+def test_samples_are_recorded_and_depend_on_the_step_alone():
+    seen = []
+    src = source(on_samples=lambda step, samples: seen.append((step, samples)), reward=some)
+    src(0), src(1), src(0)
+    assert [step for step, _ in seen] == [0, 1, 0] and seen[0] == seen[2] and seen[0] != (0, seen[1][1])
+    (_, records) = seen[0]
+    assert len(records) == 8 and [r["reward"] is None for r in records] == [i % 3 == 0 for i in range(8)]
+    assert set(records[0]) == {"prompt", "completion", "reward", "kl", "length", "truncated"}
+    first = source(reward=some)(0)
+    gap = (first.tokens["old_logp"] - first.tokens["ref_logp"])[first.forest.branch == 1]
+    assert records[1]["kl"] == pytest.approx(gap.sum().item(), abs=1e-9)
+    assert [r["length"] for r in records] == first.forest.lengths.tolist()
+
+
+def test_every_metric_of_a_run_is_registered_and_given(tmp_path):
+    models = {"policy": role(0), "value": role(1, scalar=True)}
+    seen = []
+    fit(
+        models,
+        PolicyGradient(),
+        rollouts(models["policy"], role(0, trained=False), models["value"]),
+        optim=Optim(lr=0.01),
+        run=run_in(tmp_path, steps=2),
+        hooks=[lambda step, found: seen.append(set(found))],
+    )
+    rankings = {"loss/nll", "loss/ranking", "accuracy/pairs", "score/mean"}  # of the other two objectives
+    assert seen[0] == set(METRICS) - rankings and seen[1] < seen[0]
