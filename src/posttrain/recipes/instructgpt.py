@@ -25,10 +25,11 @@ def instructgpt(model: str = "smollm2", data: str = "default") -> Recipe:
         data=data,
         reward=reward,
         lora_rank=16,
-        lr=1e-4,  # [2.55e-6 to 2.55e-5]
-        value_lr=1e-3,  # [9e-6]: only the critic's head is trained
+        lr=1e-3,  # [2.55e-6 to 2.55e-5]
+        value_lr=3e-4,  # [9e-6]: only the critic's head is trained
         warmup_steps=2,  # [10]
-        steps=40,  # [4000]: 20 rollouts of 2 updates
+        steps=32,  # [4000]: 16 rollouts of 2 updates
+        lam=1.0,  # [0.95]: the small critic explains little, so credit is not left to it
         prompts_per_step=12,  # [512]
         samples_per_prompt=2,  # [1]: the second shares the first one's prompt
         updates_per_rollout=2,  # [8]
