@@ -52,7 +52,8 @@ def test_results_hold_every_table(run):
 
 def test_supervised_training_lowers_the_loss(run):
     losses = [json.loads(line)["loss/nll"] for line in (run / "sft/metrics.jsonl").read_text().splitlines()]
-    assert losses[-1] < 0.8 * losses[0]
+    third = len(losses) // 3
+    assert sum(losses[-third:]) < 0.9 * sum(losses[:third])
 
 
 def test_the_aligned_policy_loads_and_answers_in_plain_transformers(run):

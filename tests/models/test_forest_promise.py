@@ -72,15 +72,7 @@ def test_a_branch_sees_neither_its_siblings_nor_other_trees(family):
     torch.testing.assert_close(alone, among, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(f, marks=pytest.mark.xfail(strict=True, reason="plain rows drop sliding windows and soft-caps"))
-        if f in ("mistral", "gemma2")
-        else f
-        for f in FAMILIES
-    ],
-)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_fallback_to_plain_rows_equals_the_original(family):
     original = plain_net(family)
     rows = random_rows(0)

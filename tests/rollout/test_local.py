@@ -101,11 +101,20 @@ def test_log_probs_are_those_training_computes(model, temperature):
     torch.testing.assert_close(recorded(rollouts), stats_of(model, rollouts, temperature), atol=1e-9, rtol=0)
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "phi3"])
+def test_log_probs_in_the_other_families(family):
+    net = Model(ours(plain_net(family)))
+    rollouts = LocalEngine(net, STOPS, slots=4).generate(REQUESTS[::3], Sampling(max_new_tokens=9))
+    torch.testing.assert_close(recorded(rollouts), stats_of(net, rollouts, 1.0), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.3])
 @pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_ratio_in_fp32(family):
+def test_ratio_in_fp32(family, temperature):
     model = Model(ours(plain_net(family, dtype=torch.float32)))
-    rollouts = LocalEngine(model, STOPS, slots=4).generate(REQUESTS, Sampling(max_new_tokens=15))
-    ratio = (stats_of(model, rollouts, 1.0).double() - recorded(rollouts)).exp()
+    sampling = Sampling(max_new_tokens=15, temperature=temperature)
+    rollouts = LocalEngine(model, STOPS, slots=8).generate(REQUESTS[::2], sampling)
+    ratio = (stats_of(model, rollouts, temperature).double() - recorded(rollouts)).exp()
     assert (ratio - 1).abs().max() < 1e-4
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from posttrain.errors import CheckError
+from posttrain.train import checkpoint
 from posttrain.train.checkpoint import load_checkpoint, save_checkpoint
 from posttrain.train.log import METRICS, MetricsLog
 from posttrain.train.loop import fit
@@ -95,6 +96,28 @@ def test_a_run_goes_on_from_an_older_one_and_ends_the_same(tmp_path, damaged, st
     assert printed.count("is damaged") == len(damaged)
     assert (f"continuing after step {start} of 6" in printed) is (start > 0)
     assert equal(weights(models), weights(expected)) and metrics(tmp_path) == lines
+
+
+@pytest.mark.parametrize("broken", ["save_file", "_fsync"])
+def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_half_written(tmp_path, monkeypatch, broken):
+    """The second of three checkpoints fails: while its tensors are written, or while it is forced to disk."""
+    expected, _ = train(tmp_path / "whole")
+    works, calls = getattr(checkpoint, broken), []
+
+    def fails(*args, **kwargs):
+        calls.append(args)
+        if len(calls) > (1 if broken == "save_file" else 5 + 2):
+            raise OSError(28, "No space left on device")
+        return works(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, broken, fails)
+    with pytest.raises(OSError, match="No space left on device"):
+        train(tmp_path / "cut")
+    monkeypatch.undo()
+    assert [p.name for p in (tmp_path / "cut" / "checkpoints").iterdir()] == ["step-00000002"]
+    models, printed = train(tmp_path / "cut")
+    assert "continuing after step 2 of 6" in printed and "damaged" not in printed
+    assert equal(weights(models), weights(expected)) and metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
 
 
 def test_only_safetensors_and_json_are_written(tmp_path):

@@ -94,6 +94,37 @@ def test_wrong_rewards_are_refused():
         source(reward=lambda completions: [Score(None)] * len(completions))(0)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_score_that_is_no_number_names_the_response(bad):
+    def broken(completions):
+        return [Score(bad) if i == 5 else s for i, s in enumerate(score(completions))]
+
+    texts = [r["completion"] for r in records_of(source())]
+    with pytest.raises(RewardError) as caught:
+        source(reward=broken)(0)
+    assert f"the reward gave {bad} for {texts[5]!r}; expected a finite number" in str(caught.value)
+
+
+def records_of(src):
+    """What a source writes to ``samples.jsonl`` for its first rollout."""
+    kept: list = []
+    src.on_samples = lambda step, samples: kept.extend(samples)
+    src(0)
+    return kept
+
+
+def test_draws_depend_on_prompt_and_sample_not_on_what_else_is_sampled():
+    """The first response of a prompt is the same alone and beside others, with more slots and with more samples."""
+    key = lambda r: (r["prompt"], r["completion"])  # noqa: E731
+    one = [key(r) for r in records_of(source(samples=1, prompts=6))]
+    assert [key(r) for r in records_of(source(samples=3, prompts=6))][::3] == one
+    assert [key(r) for r in records_of(source(samples=1, prompts=4))] == one[:4]
+    many = source(samples=1, prompts=6)
+    many.engine.slots = 1
+    assert [key(r) for r in records_of(many)] == one
+    assert len({completion for _, completion in one}) == 6
+
+
 @pytest.mark.parametrize("prompts", [1, 4, 5, 6, 13])
 def test_each_epoch_has_every_prompt_once(prompts):
     src, size = source(prompts=prompts), len(PROMPTS)

@@ -25,6 +25,7 @@ from transformers.utils import logging as hf_logging
 from posttrain.errors import ConfigError, ModelError
 from posttrain.models import lora as adapters
 from posttrain.models.attention import NAME
+from posttrain.models.check import checked
 from posttrain.models.policy import Model
 from posttrain.models.small import small_path
 
@@ -162,7 +163,8 @@ def load_policy(
     """Load a causal language model as a role, frozen unless ``train``; with ``lora`` only a fresh adapter is trained."""
     hf_logging.disable_progress_bar()
     net = _prepare(AutoModelForCausalLM.from_pretrained(path, dtype=dtype))
-    return role(Model(net), "policy", lora=lora, seed=seed) if train else Model(net)
+    model = checked(Model(net))
+    return role(model, "policy", lora=lora, seed=seed) if train else model
 
 
 def load_reward(path: str, *, dtype: torch.dtype) -> Model:
@@ -172,7 +174,7 @@ def load_reward(path: str, *, dtype: torch.dtype) -> Model:
     score: Any = _widened(net)
     if net.config.num_labels != 1:
         raise ModelError(f"'{path}' has {net.config.num_labels} labels; a scalar reward model has 1")
-    return Model(net, scalar=score)
+    return checked(Model(net, scalar=score))
 
 
 def new_reward(path: str, *, dtype: torch.dtype, seed: int = 0, lora: adapters.Lora | None = None) -> Model:
@@ -186,7 +188,7 @@ def new_reward(path: str, *, dtype: torch.dtype, seed: int = 0, lora: adapters.L
     noise = torch.randn(1, width, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         score.weight.copy_(noise / (width + 1) ** 0.5)
-    return role(Model(_prepare(net), scalar=score), "reward", lora=lora, seed=seed)
+    return role(checked(Model(_prepare(net), scalar=score)), "reward", lora=lora, seed=seed)
 
 
 def role(model: Model, name: str, *, lora: adapters.Lora | None, seed: int) -> Model:
@@ -258,7 +260,9 @@ def _reward_tokenizer(net: PreTrainedModel, tokenizer: Any) -> Any:
 
     tokenizer = copy.deepcopy(tokenizer)
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        others = [t for t in tokenizer.all_special_tokens if t not in (tokenizer.eos_token, tokenizer.bos_token)]
+        added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+        known = dict.fromkeys([*tokenizer.all_special_tokens, *added])
+        others = [t for t in known if t not in (tokenizer.eos_token, tokenizer.bos_token)]
         if not others:
             raise ModelError("the tokenizer has no special token to pad with besides its stop token; add one")
         tokenizer.pad_token = others[0]

@@ -76,8 +76,18 @@ def hidden_states(model: Model, forest: Forest) -> Tensor:
 
 
 def _plain_states(model: Model, forest: Forest) -> Tensor:
-    """The same states from one ordinary row for each branch; the prompt's are taken from its first branch."""
+    """The same states from one ordinary row for each branch, by transformers' own attention; the prompt's from its first branch."""
     parts: list[Tensor] = []
+    ours = model.net.config._attn_implementation
+    model.net.set_attn_implementation("eager")  # the implementation every network has, windows and soft-caps included
+    try:
+        return _own_rows(model, forest, parts)
+    finally:
+        model.net.set_attn_implementation(ours)
+
+
+def _own_rows(model: Model, forest: Forest, parts: list[Tensor]) -> Tensor:
+    """One forward pass for each branch, with its prompt before it."""
     for tree in forest.trees:
         (start, end) = tree.prompt
         for k, (begin, stop) in enumerate(tree.branches):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Protocol
 
 from posttrain.errors import RewardError
@@ -53,7 +54,7 @@ def from_function(function: Callable[[str, str], float], name: str = "function")
         scores: list[Score] = []
         for c in completions:
             value = function(c.example.prompt[-1].content, c.text)
-            if not isinstance(value, (int, float)) or not math.isfinite(value):
+            if not isinstance(value, Real) or not math.isfinite(value):
                 raise RewardError(f"reward '{name}' returned {value!r} for {c.text[:80]!r}; expected a finite number")
             scores.append(Score(float(value), {name: float(value)}))
         return scores

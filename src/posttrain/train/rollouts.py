@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -162,6 +163,11 @@ class RolloutSource:
             raise RewardError(
                 f"the reward gave {len(scores)} scores for {len(completions)} responses; expected one each"
             )
+        for c, s in zip(completions, scores, strict=True):
+            if s.value is not None and not math.isfinite(s.value):
+                raise RewardError(
+                    f"the reward gave {s.value} for {c.text[:80]!r}; expected a finite number, or None to abstain"
+                )
         cut = self.plan.cut_score
         values = [cut if c.truncated and cut is not None else s.value for c, s in zip(completions, scores, strict=True)]
         if all(v is None for v in values):
