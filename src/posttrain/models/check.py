@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -33,7 +34,8 @@ def checked(model: Model) -> Model:
 def forest_error(model: Model) -> float:
     """Relative difference of the states; infinite if the network can't run over a forest at all."""
     draw = torch.Generator().manual_seed(0)
-    vocabulary = min(1000, model.net.get_input_embeddings().weight.shape[0])
+    embedding: Any = model.net.get_input_embeddings()
+    vocabulary = min(1000, embedding.num_embeddings)
 
     def tokens(count: int) -> list[int]:
         return torch.randint(0, vocabulary, (count,), generator=draw).tolist()

@@ -78,7 +78,7 @@ def hidden_states(model: Model, forest: Forest) -> Tensor:
 def _plain_states(model: Model, forest: Forest) -> Tensor:
     """The same states from one ordinary row for each branch, by transformers' own attention; the prompt's from its first branch."""
     parts: list[Tensor] = []
-    ours = model.net.config._attn_implementation
+    ours: Any = model.net.config._attn_implementation
     model.net.set_attn_implementation("eager")  # the implementation every network has, windows and soft-caps included
     try:
         return _own_rows(model, forest, parts)
