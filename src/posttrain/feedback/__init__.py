@@ -1,1 +1,1 @@
-"""."""
+"""Where people meet a trained model: the chat."""

@@ -1,1 +1,1 @@
-"""."""
+"""Published systems, a page each."""
