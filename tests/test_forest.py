@@ -78,6 +78,9 @@ def test_split_by_hand():
     assert sizes(5, False) == [[1, 2, 3, 4, 5], [1, 2, 3, 6], [7, 8, 9]]  # the prompt is computed twice
     assert sizes(5, True) == [[1, 2, 3, 4, 5, 6], [7, 8, 9]]  # a whole group over the limit stands alone
     assert sizes(1, False) == [[1, 2, 3, 4, 5], [1, 2, 3, 6], [7, 8, 9]]
+    wide = tagged([Row([1, 2], [branch(3), branch(4), branch(5)]), Row([6], [branch(7)])])
+    assert [p.forest.ids.tolist() for p in split(wide, 4, False)] == [[1, 2, 3, 4], [1, 2, 5], [6, 7]]
+    assert [p.forest.ids.tolist() for p in split(wide, 5, False)] == [[1, 2, 3, 4, 5], [6, 7]]
 
 
 @pytest.mark.parametrize("whole", [False, True])

@@ -42,7 +42,7 @@ TOKENIZERS = {
 @pytest.fixture(params=["llama", "gemma2"])
 def base(request, tmp_path):
     """A saved language model in fp32 with a vocabulary that fits the tokenizers."""
-    net = plain_net(request.param, dtype=torch.float32, vocab_size=512)
+    net = plain_net(request.param, dtype=torch.float32, vocab_size=512, pad_token_id=9)  # no tokenizer's
     net.generation_config = GenerationConfig(eos_token_id=[2, 7], pad_token_id=0, bos_token_id=1)
     net.save_pretrained(tmp_path / "base")
     return str(tmp_path / "base")

@@ -173,6 +173,22 @@ def test_frequencies_follow_the_softmax(llama, temperature):
     assert chi < df * (1 - 2 / (9 * df) + 3.09 * (2 / (9 * df)) ** 0.5) ** 3
 
 
+def test_each_token_is_where_its_own_draw_falls(llama):
+    """Token t is the one whose stretch of the cumulative distribution holds the t-th draw of its request's key."""
+    temperature, requests = 1.3, REQUESTS[::4]
+    rollouts = LocalEngine(llama, STOPS, slots=4).generate(
+        requests, Sampling(max_new_tokens=9, temperature=temperature)
+    )
+    forest = build_forest([Row(r.request.ids, [Branch(r.ids, {})]) for r in rollouts])
+    with torch.no_grad():
+        states = hidden_states(llama, forest)[forest.source]
+        mass = logits_of(states, llama.head, temperature).softmax(1).cumsum(1)
+    draws = torch.cat([torch.from_numpy(uniforms(r.request.key, 9)[: len(r.ids)]) for r in rollouts])
+    above = mass.gather(1, forest.target[:, None])[:, 0]
+    below = torch.where(forest.target > 0, mass.gather(1, (forest.target - 1).clamp(min=0)[:, None])[:, 0], 0.0)
+    assert len(draws) > 40 and (below <= draws).all() and (draws < above).all()
+
+
 def test_draws_depend_on_the_key_alone():
     assert uniforms((1, "a"), 5).tolist() == uniforms((1, "a"), 9)[:5].tolist()
     firsts = [float(uniforms(key, 1)[0]) for key in ((1,), ("1",), (1, 0), (0, 1), (1, "a"))]

@@ -45,6 +45,13 @@ def forest_error(model: Model) -> float:
         plain = hidden_states(replace(model, plain=True), forest).double()
         try:
             shared = hidden_states(model, forest).double()
-        except (NotImplementedError, TypeError, AttributeError):  # no attention interface, sinks, other states
+        except (
+            NotImplementedError,
+            TypeError,
+            AttributeError,
+            RuntimeError,
+            KeyError,
+            ValueError,
+        ):  # no attention interface, sinks, other states
             return float("inf")
     return float((shared - plain).norm() / plain.norm())

@@ -18,7 +18,7 @@ class Optim:
 
     ``lr`` is the peak for every role, ``role_lr`` overrides it by role; the schedule is a linear warm-up over
     ``warmup_steps`` from ``1 / warmup_steps`` of the peak, then ``schedule``: "constant", "linear" or "cosine" down to
-    ``floor`` of the peak at the last step. ``clip`` bounds the gradient's norm, role by role.
+    ``floor`` of the peak, reached one step after the last. ``clip`` bounds the gradient's norm, role by role.
     """
 
     lr: float

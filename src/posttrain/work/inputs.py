@@ -50,7 +50,7 @@ def start_from(model: str | Stage, ctx: Context, field: str = "model") -> Start:
 
 
 def choose_dtype(name: str, path: str) -> torch.dtype:
-    """``auto`` is bf16 where the processor has bf16 products (AVX512-BF16, AMX, or an accelerator), else fp32.
+    """``auto`` is bf16 where the processor has bf16 products (AVX512-BF16 or AMX), else fp32.
 
     Networks narrower than 256 stay in fp32: they gain no speed from bf16.
     """
@@ -62,7 +62,7 @@ def choose_dtype(name: str, path: str) -> torch.dtype:
     cpu: Any = torch.cpu
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     fast = any(getattr(cpu, probe, lambda: False)() for probe in probes)
-    return torch.bfloat16 if fast or torch.cuda.is_available() else torch.float32
+    return torch.bfloat16 if fast else torch.float32
 
 
 def data_files(name: str, model: str | None) -> dict[str, Path]:
