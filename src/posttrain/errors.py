@@ -23,6 +23,14 @@ class DataError(PosttrainError, ValueError):
         return cls(f"{file} row {row}, field '{field}': {problem}; {remedy}")
 
 
+class UselessRow(DataError):
+    """A well-formed row that teaches nothing; readers leave it out and count it by ``reason``, a short phrase."""
+
+    def __init__(self, message: str, reason: str = "teaches nothing") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 class ModelError(PosttrainError, RuntimeError):
     """A model, tokenizer or checkpoint that can't be used as asked."""
 
