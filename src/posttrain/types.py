@@ -23,7 +23,8 @@ class Message:
     """One turn of a conversation.
 
     ``train`` says whether a language-model loss reads this turn: None means the usual rule (assistant turns only).
-    ``tool_calls`` are an assistant's; ``name`` is the tool that answers, on a turn of role ``tool``.
+    ``tool_calls`` are an assistant's; on a turn of role ``tool``, ``name`` is the tool that answers and ``call_id`` the
+    call that it answers, where the data numbers calls.
     """
 
     role: str
@@ -31,6 +32,7 @@ class Message:
     train: bool | None = None
     tool_calls: tuple[ToolCall, ...] = ()
     name: str = ""
+    call_id: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

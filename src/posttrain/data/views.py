@@ -1,14 +1,15 @@
-"""Checked views of examples: demonstrations, rankings, prompts; and what rankings say about length."""
+"""Checked views of examples: demonstrations, rankings, pairs, ratings ...; and what rankings say about length."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
+from typing import NamedTuple
 
 from posttrain.errors import DataError
-from posttrain.types import Example, Response
+from posttrain.types import Example, Message, Response
 
 
 def fault(example: Example, position: int, field: str, problem: str, remedy: str) -> DataError:
@@ -52,6 +53,148 @@ def prompts(examples: Sequence[Example]) -> list[Example]:
         DataError: an example without prompt, or whose prompt ends in an assistant turn.
     """
     return [replace(e, responses=()) for e in _prompted(examples)]
+
+
+class Kept(NamedTuple):
+    """The examples of a view, and how many comparisons or rows order nothing (ties) and were left out."""
+
+    examples: list[Example]
+    ties: int
+
+
+def labelled(examples: Sequence[Example]) -> list[Example]:
+    """Return one example for each response, which has a label.
+
+    Raises:
+        DataError: an example without responses, a response without label, labels of one kind only.
+    """
+    found = _each(examples, "label", lambda response: response.label is not None)
+    labels = {example.responses[0].label for example in found}
+    if len(labels) == 1:
+        problem = f"all {len(found)} labels are {str(labels == {True}).lower()}"
+        raise DataError(f"{problem}; expected good and bad answers, for one alone can't be told from the other")
+    return found
+
+
+def rated(examples: Sequence[Example], attribute: str = "") -> list[Example]:
+    """Return one example for each response, which has a score or, if ``attribute`` is given, that rating as its score.
+
+    Raises:
+        DataError: an example without responses, a response without the score or rating.
+    """
+    if not attribute:
+        return _each(examples, "score", lambda response: response.score is not None)
+    found = _each(examples, f"attributes.{attribute}", lambda response: attribute in response.attributes)
+    return [replace(e, responses=(replace(r, score=r.attributes[attribute]),)) for e in found for r in e.responses]
+
+
+def steps(examples: Sequence[Example]) -> list[Example]:
+    """Return one example for each response, which has steps, at least one of them labelled.
+
+    Raises:
+        DataError: an example without responses, a response without a labelled step.
+    """
+    return _each(examples, "steps", lambda response: any(step.label is not None for step in response.steps))
+
+
+def targets(examples: Sequence[Example]) -> list[Example]:
+    """Return the examples as prompts that say what a right answer is.
+
+    Raises:
+        DataError: as `prompts`; an example without target.
+    """
+    found = prompts(examples)
+    for i, example in enumerate(found):
+        if example.target is None:
+            raise fault(
+                example, i, "target", "no target", "expected a row whose answer can be checked; see docs/data.md"
+            )
+    return found
+
+
+def scored_as_rankings(examples: Sequence[Example], attribute: str = "") -> Kept:
+    """Return examples whose responses are ranked by score, or by the rating ``attribute``; equal ones are tied.
+
+    An example all of whose responses are tied is left out and counted.
+
+    Raises:
+        DataError: fewer than 2 responses, a response without the score or rating.
+    """
+    found: list[Example] = []
+    for i, example in enumerate(_prompted(examples)):
+        if len(example.responses) < 2:
+            problem = f"found {len(example.responses)} responses, expected at least 2"
+            raise fault(example, i, "responses", problem, "give several answers to one prompt")
+        each = rated([example], attribute)
+        scores = [response.score or 0.0 for one in each for response in one.responses]
+        ranks = {score: rank for rank, score in enumerate(sorted(set(scores), reverse=True))}
+        if len(ranks) > 1:
+            ranked = zip(example.responses, scores, strict=True)
+            found.append(replace(example, responses=tuple(replace(r, rank=ranks[s]) for r, s in ranked)))
+    return Kept(found, len(examples) - len(found))
+
+
+def preferences_as_pairs(examples: Sequence[Example], axis: str = "", by: str = "") -> Kept:
+    """Return an example for each comparison along ``axis``, its two responses ranked; ties are left out and counted.
+
+    ``by`` takes the comparisons of one annotator only. What a verdict's probability and giver were, an example's meta
+    says under 'better' and 'by'.
+
+    Raises:
+        DataError: no comparison to take, or comparisons along several axes of which none is named.
+    """
+    found: list[Example] = []
+    ties = 0
+    axes = sorted({p.axis for e in examples for p in e.preferences})
+    if axis not in axes or not examples:
+        known = ", ".join(f"'{name}'" for name in axes) or "none"
+        raise DataError(f"no comparisons along the axis '{axis}'; name one of those in the data: {known}")
+    for example in _prompted(examples):
+        for given in example.preferences:
+            if given.axis != axis or by not in ("", given.by):
+                continue
+            if given.better == 0.5:
+                ties += 1
+                continue
+            first, second = (given.a, given.b) if given.better > 0.5 else (given.b, given.a)
+            pair = (replace(example.responses[first], rank=0), replace(example.responses[second], rank=1))
+            meta = {**example.meta, "better": max(given.better, 1 - given.better), "by": given.by}
+            found.append(replace(example, responses=pair, preferences=(), meta=meta))
+    if not found and not ties:
+        raise DataError(f"no comparisons by '{by}'; leave the name out to take everybody's")
+    return Kept(found, ties)
+
+
+def references(examples: Sequence[Example], name: str) -> list[Example]:
+    """Return demonstrations of the reference answers that examples keep in ``meta["references"][name]``.
+
+    Raises:
+        DataError: as `prompts`; an example without that reference.
+    """
+    found: list[Example] = []
+    for i, example in enumerate(_prompted(examples)):
+        known = example.meta.get("references", {})
+        given = known.get(name)
+        first = given[0] if isinstance(given, list) and given else given  # one for each turn: the first is the prompt's
+        if not isinstance(first, str):
+            have = ", ".join(f"'{key}'" for key in known) or "none"
+            raise fault(example, i, "references", f"no reference '{name}' (found {have})", "name one or drop the row")
+        answer = Response(messages=(Message(role="assistant", content=first),))
+        found.append(replace(example, responses=(answer,), preferences=()))
+    return found
+
+
+def _each(examples: Sequence[Example], field: str, has: Callable[[Response], bool]) -> list[Example]:
+    """One example for each response, all of which have to have what the view is about."""
+    found: list[Example] = []
+    for i, example in enumerate(_prompted(examples)):
+        if not example.responses:
+            raise fault(example, i, "responses", "no response", "give at least one")
+        for k, response in enumerate(example.responses):
+            if not has(response):
+                raise fault(example, i, field, f"response {k} (from 0) has none", "add it or remove the row")
+            found.append(replace(example, responses=(response,), preferences=()))
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
