@@ -115,7 +115,7 @@ def renamed(row: Row, columns: Mapping[str, str], place: Place) -> dict[str, Any
         ConfigError: a name on our side that no format reads.
         DataError: a column that the row doesn't have, or one that has our name already.
     """
-    known = frozenset[str]().union(*(f.used for f in FORMATS.values()))
+    known = _known()
     theirs = {v: k for k, v in columns.items()}
     for ours, name in columns.items():
         if ours not in known:
@@ -125,6 +125,12 @@ def renamed(row: Row, columns: Mapping[str, str], place: Place) -> dict[str, Any
         if ours in row and ours not in theirs:
             raise place.fault(name, f"is to be read as '{ours}', which is another column", "map or remove that one")
     return {theirs.get(key, key): value for key, value in row.items()}
+
+
+@lru_cache(maxsize=1)
+def _known() -> frozenset[str]:
+    """All columns that some format reads."""
+    return frozenset[str]().union(*(f.used for f in FORMATS.values()))
 
 
 def recognise(row: Row, place: Place) -> Format:
