@@ -87,7 +87,7 @@ def test_the_walk_sees_imports_however_they_are_written(monkeypatch: pytest.Monk
     source = """
 from posttrain import runner, Stage, __version__
 from . import log
-from ..data.load import read_jsonl
+from ..data.load import read
 import posttrain.evals.report as r
 def f():
     from posttrain.cli import main

@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from posttrain.data import read_jsonl
+from posttrain.data import ReadReport, read
 from posttrain.data.collate import ranking_rows
 from posttrain.models.load import find_model, load_tokenizer, new_reward, weights_package
 from posttrain.models.lora import Lora
@@ -26,11 +26,11 @@ pytestmark = [pytest.mark.real_data, pytest.mark.skipif(not FOLDER, reason="POST
 
 @pytest.mark.parametrize("name", ["pairs__hh-helpful-base__train", "pairs__hh-harmless-base__test"])
 def test_hh_rlhf_is_read_with_few_faults_each_named(name):
-    faults = []
-    examples = read_jsonl(Path(FOLDER) / f"{name}.jsonl.gz", faults=faults)
+    report = ReadReport()
+    examples = read(Path(FOLDER) / f"{name}.jsonl.gz", skip_bad=40, report=report)
     assert len(examples) > 400
-    assert len(faults) <= 0.02 * len(examples)
-    assert all(f"{name}.jsonl.gz row " in str(fault) for fault in faults)
+    assert report.faulty + report.useless.total() <= 0.02 * len(examples)
+    assert all(f"{name}.jsonl.gz row " in fault for fault in report.bad)
     assert all([r.rank for r in e.responses] == [0, 1] for e in examples)
     assert any(len(e.prompt) > 1 for e in examples)
 
@@ -40,7 +40,7 @@ def test_hh_rlhf_is_read_with_few_faults_each_named(name):
 def test_a_reward_model_fits_64_pairs(tmp_path):
     path = find_model("smollm2").path
     tokenizer = load_tokenizer(path)
-    examples = read_jsonl(Path(FOLDER) / "pairs__hh-helpful-base__train.jsonl.gz", faults=[])
+    examples = read(Path(FOLDER) / "pairs__hh-helpful-base__train.jsonl.gz", skip_bad=100)
     rows, _ = ranking_rows(tokenizer, examples, max_length=120, overlong="drop")
     rows = rows[:64]
     assert len(rows) == 64

@@ -99,7 +99,8 @@ class Training(Stage):
     """What every training stage has: where it starts, on which data, how it moves.
 
     ``model`` is a name, a directory or an earlier stage; ``lora_rank`` 0 trains the whole network; ``dtype`` "auto" is
-    bf16 where the processor multiplies it faster than fp32. ``max_tokens`` is the memory knob.
+    bf16 where the processor multiplies it faster than fp32. ``max_tokens`` is the memory knob. ``skip_bad`` faulty rows of
+    the data are left out and counted.
     """
 
     model: str | Stage = "smollm2"
@@ -115,6 +116,7 @@ class Training(Stage):
     max_tokens: int = 1024
     save_every: int = 10
     limit: int | None = None
+    skip_bad: int = 0
 
     def __post_init__(self) -> None:
         """Refuse values that would fail late."""
@@ -314,7 +316,8 @@ class Evaluate(Stage):
 class EvaluateReward(Stage):
     """Accuracy of a reward model on held-out rankings, beside three baselines fitted to its training rankings.
 
-    ``test`` names the held-out data; ``limit`` and ``test_limit`` cut both, so as training was cut. Writes ``results.json``.
+    ``test`` names the held-out data; ``limit`` and ``test_limit`` cut both, so as training was cut,
+    and ``skip_bad`` faulty rows of each are left out. Writes ``results.json``.
     """
 
     WORK: ClassVar[str] = "posttrain.work.evaluate_reward:run"
@@ -326,6 +329,7 @@ class EvaluateReward(Stage):
     test: str = "default"
     limit: int | None = None
     test_limit: int | None = None
+    skip_bad: int = 0
     max_length: int = 1024
     overlong: Overlong = "error"
     dtype: str = "auto"

@@ -14,7 +14,7 @@ from posttrain.data.chat import (
     stop_ids,
 )
 from posttrain.data.formats import parse_row
-from posttrain.data.load import file_hash, read_jsonl, resolve_data
+from posttrain.data.load import ReadReport, file_hash, read, resolve_data, stream
 from posttrain.data.views import (
     LabelCorrelation,
     demonstrations,
@@ -22,12 +22,14 @@ from posttrain.data.views import (
     prompts,
     rankings,
 )
+from posttrain.data.write import write_jsonl
 
 if TYPE_CHECKING:
     from posttrain.data.collate import Report, demonstration_rows, prompt_ids, ranking_rows
 
 __all__ = [
     "LabelCorrelation",
+    "ReadReport",
     "Rendered",
     "Report",
     "Span",
@@ -40,13 +42,15 @@ __all__ = [
     "prompts",
     "ranking_rows",
     "rankings",
-    "read_jsonl",
+    "read",
     "render",
     "render_branch",
     "render_prompt",
     "render_response",
     "resolve_data",
     "stop_ids",
+    "stream",
+    "write_jsonl",
 ]
 
 

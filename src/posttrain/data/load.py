@@ -1,86 +1,169 @@
-"""Read feedback files (JSON lines) into `Example` records; every fault names file, row, field and remedy."""
+"""Read feedback of any kind of source into `Example` records; what is left out is counted, and faults say where and why."""
 
 from __future__ import annotations
 
 import difflib
-import gzip
 import hashlib
-import json
-import re
-import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from posttrain.data.formats import Place, kind_of, parse_row
-from posttrain.errors import ConfigError, DataError, suggest
+from posttrain.data.formats import parse_rows
+from posttrain.data.formats.fields import Place
+from posttrain.data.opened import READABLE, kind_by_name, stem
+from posttrain.data.records import found_rows
+from posttrain.errors import ConfigError, DataError, UselessRow, suggest
 from posttrain.types import Example
 
 NAMES = ("demonstrations", "rankings", "prompts", "heldout_rankings", "heldout_prompts")
-"""Names under which a directory holds its files (NAME.jsonl or NAME.jsonl.gz)."""
+"""Names under which a directory holds its parts, each a file of any kind or a directory of shards."""
 
 DEFAULT_DIR = Path(__file__).parent / "default"
 
-_SHOWN_FAULTS = 5
+_KEPT = 10_000  # messages of faults that a report keeps
+_LOOKED_AT = 100  # faulty rows passed over to find out what a file holds
 
 
-def read_jsonl(path: str | Path, limit: int | None = None, *, faults: list[DataError] | None = None) -> list[Example]:
-    """Read a .jsonl or .jsonl.gz file; the formats are told apart by columns.
+@dataclass
+class ReadReport:
+    """What reading found.
 
-    Columns of no format are kept in ``Example.meta``. Rows count from 1, with blank lines, which are skipped.
+    ``rows`` counts all of them, ``examples`` what they gave; ``useless`` counts rows that teach nothing by reason, and
+    ``first`` has the first place of each; ``faulty`` counts faulty rows, of which ``bad`` keeps the first 10,000 messages.
+    """
+
+    rows: int = 0
+    examples: int = 0
+    useless: Counter[str] = field(default_factory=Counter[str])
+    first: dict[str, Place] = field(default_factory=dict[str, Place])
+    faulty: int = 0
+    bad: list[str] = field(default_factory=list[str])
+
+    def count(self, place: Place, error: DataError) -> None:
+        """Count a row that gave no example."""
+        if isinstance(error, UselessRow):
+            self.useless[error.reason] += 1
+            self.first.setdefault(error.reason, place)
+            return
+        self.faulty += 1
+        if len(self.bad) < _KEPT:
+            self.bad.append(str(error))
+
+    def __str__(self) -> str:
+        """One line; rows left out by reason, most frequent first."""
+        parts = [f"{self.rows} rows, {self.examples} examples"]
+        reasons = sorted(self.useless.items(), key=lambda item: (-item[1], item[0]))
+        parts += [f"{count} useless ({reason}, first row {self.first[reason].row})" for reason, count in reasons]
+        parts += [f"{self.faulty} faulty, first: {self.bad[0]}"] if self.bad else []
+        return "; ".join(parts)
+
+
+def stream(
+    source: Any,
+    *,
+    format: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    limit: int | None = None,
+    skip_bad: int = 0,
+    report: ReadReport | None = None,
+) -> Iterator[Example]:
+    """Yield the examples of a source, one row in memory at a time.
 
     Args:
-        path: the file.
-        limit: how many examples to return at most; None = all.
-        faults: None raises one error listing the faulty rows; a list instead collects one error a faulty row,
-            and the rows are left out, so that the caller can count them.
+        source: what `posttrain.data.records` reads.
+        format: the rows' format; None = told by their columns.
+        columns: our names of columns to the source's.
+        limit: how many examples to yield at most; None = all.
+        skip_bad: how many faulty rows to leave out and count; one more stops.
+        report: filled while reading. Rows that teach nothing are left out and counted there in any case.
 
     Raises:
-        DataError: faulty rows (unless collected), bytes that aren't gzip, a file without rows.
-        ConfigError: no such file, another kind of file, a limit below 1.
+        DataError: a faulty row beyond ``skip_bad``, a file that can't be read, no usable row.
+        ConfigError: no such source, or an option out of range.
     """
-    path = Path(path)
     if limit is not None and limit < 1:
         raise ConfigError(f"limit is {limit}, expected at least 1; leave it out to read the whole file")
-    found: list[DataError] = []
-    examples: list[Example] = []
-    for number, line in _lines(path):
-        if limit is not None and len(examples) >= limit:
-            break
-        place = Place(str(path), number)
+    if skip_bad < 0:
+        raise ConfigError(f"skip_bad is {skip_bad}, expected 0 (the first fault stops) or more")
+    report = ReadReport() if report is None else report
+    found = _examples(source, format, columns, skip_bad, report)
+    return found if limit is None else islice(found, limit)
+
+
+def _examples(
+    source: Any, format: str | None, columns: Mapping[str, str] | None, skip_bad: int, report: ReadReport
+) -> Iterator[Example]:
+    for place, row in found_rows(source):
+        report.rows += 1
         try:
-            examples.append(parse_row(_json_object(line, place), place.file, place.row))
+            if isinstance(row, DataError):
+                raise row
+            examples = parse_rows(row, place.file, place.row, format=format, columns=columns)
         except DataError as error:
-            found.append(error)
-    if faults is not None:
-        faults.extend(found)
-    elif found:
-        raise _listed(found)
-    if not examples and not found:
-        raise DataError(f"{path}: no rows; expected one JSON object a line")
-    return examples
+            report.count(place, error)
+            if report.faulty > skip_bad:
+                raise error if skip_bad == 0 else _too_many(report, skip_bad) from error
+            continue
+        if not examples:
+            report.count(place, UselessRow(f"{place.file} row {place.row}: no example", "no example"))
+        for example in examples:
+            report.examples += 1
+            yield example
+    if not report.examples:
+        name = source if isinstance(source, (str, Path)) else type(source).__name__
+        raise DataError(f"{name}: no rows" if not report.rows else f"{name}: no usable row ({report})")
+
+
+def _too_many(report: ReadReport, skip_bad: int) -> DataError:
+    what = f"{report.faulty} faulty rows of {report.rows} read, more than skip_bad={skip_bad}"
+    return DataError(f"{what}; first: {report.bad[0]}")
+
+
+def read(
+    source: Any,
+    *,
+    format: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    limit: int | None = None,
+    skip_bad: int = 0,
+    report: ReadReport | None = None,
+) -> list[Example]:
+    """Return the examples of a source as a list; arguments and errors are those of `stream`."""
+    return list(stream(source, format=format, columns=columns, limit=limit, skip_bad=skip_bad, report=report))
 
 
 def resolve_data(name: str | Path) -> dict[str, Path]:
-    """Return name to file for ``default``, a directory of NAME.jsonl(.gz) files, or one file.
+    """Return part to path for ``default``, a directory of parts (NAME.jsonl, NAME.parquet, NAME/ ...), or one source.
 
-    A lone file that bears none of `NAMES` counts as rankings, demonstrations or prompts by its first row.
+    A lone source that bears none of `NAMES` holds rankings, demonstrations, prompts or labelled answers, by its first
+    usable row.
 
     Raises:
-        ConfigError: an unknown name, a directory without data, a misspelt or doubled file.
+        ConfigError: an unknown name, a directory without data, a misspelt or doubled part.
+        DataError: a lone source whose first rows can't be read.
     """
     path = DEFAULT_DIR if str(name) == "default" else Path(name)
-    if path.is_dir():
-        return _directory(path)
-    if path.is_file():
-        if (stem := _stem(path)) in NAMES:
-            return {stem: path}
-        answers = len(read_jsonl(path, limit=1)[0].responses)
-        return {("prompts", "demonstrations", "rankings")[min(answers, 2)]: path}
-    near = [str(p) for p in path.parent.glob("*.jsonl*")] if path.parent.is_dir() else []
+    if str(name).startswith("hf:"):
+        raise ConfigError(f"a stage reads files, whose contents it remembers; got '{name}'; write it to a file first")
+    if path.is_dir() and (parts := _parts(path)):
+        return parts
+    if path.exists():
+        return {stem(path) if stem(path) in NAMES else _content(path): path}
+    near = [str(p) for p in path.parent.iterdir() if kind_by_name(p)] if path.parent.is_dir() else []
     near = difflib.get_close_matches(str(path), near, n=1, cutoff=0.8)
     hint = suggest(str(name), ["default", *near])
     raise ConfigError(f"unknown data '{name}': neither a name, a directory nor a file; {hint}")
+
+
+def _content(path: Path) -> str:
+    """Say which part a lone source is, by its first usable row."""
+    responses = next(stream(path, skip_bad=_LOOKED_AT)).responses
+    if len(responses) == 1 and (responses[0].label is not None or responses[0].score is not None):
+        return "labelled"  # an answer that may be bad is no demonstration
+    return ("prompts", "demonstrations", "rankings")[min(len(responses), 2)]
 
 
 def file_hash(path: str | Path) -> str:
@@ -89,65 +172,24 @@ def file_hash(path: str | Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()[:16]
 
 
-def _stem(path: Path) -> str:
-    return re.sub(r"\.jsonl(\.gz)?$", "", path.name)
-
-
-def _directory(path: Path) -> dict[str, Path]:
+def _parts(path: Path) -> dict[str, Path]:
+    """The parts that a directory holds by name; none where it is a set of shards or a saved data set."""
     files: dict[str, Path] = {}
-    for file in sorted(p for p in path.iterdir() if p.name.endswith((".jsonl", ".jsonl.gz"))):
-        stem = _stem(file)
-        if stem in files:
-            raise ConfigError(f"'{path}' has both '{files[stem].name}' and '{file.name}'; keep one")
-        files[stem] = file
-    if not files:
-        raise ConfigError(f"'{path}' has no .jsonl or .jsonl.gz file; expected some of {', '.join(NAMES)}")
-    for stem in files.keys() - set(NAMES):
-        near = difflib.get_close_matches(stem, [n for n in NAMES if n not in files], n=1, cutoff=0.8)
-        if near:
-            raise ConfigError(f"'{files[stem]}' is none of the known names; did you mean '{near[0]}'? Rename it")
+    doubled: list[str] = []
+    for file in sorted(p for p in path.iterdir() if kind_by_name(p) or (p.is_dir() and p.name in NAMES)):
+        part = stem(file)
+        doubled += [f"'{path}' has both '{files[part].name}' and '{file.name}'; keep one"] if part in files else []
+        files[part] = file
+    if not files and not (path / "dataset_dict.json").exists():
+        raise ConfigError(f"'{path}' has no data file; expected {', '.join(NAMES)} as {READABLE}")
+    near = {
+        part: difflib.get_close_matches(part, [n for n in NAMES if n not in files], n=1, cutoff=0.8) for part in files
+    }
+    for part, names in near.items():
+        if names and part not in NAMES and not any(map(str.isdigit, part)):  # with digits it is a shard
+            raise ConfigError(f"'{files[part]}' is none of the known names; did you mean '{names[0]}'? Rename it")
+    if not files.keys() & set(NAMES):
+        return {}
+    if doubled:
+        raise ConfigError(doubled[0])
     return files
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield (row from 1, bytes) of the lines that aren't blank."""
-    if not path.is_file():
-        raise ConfigError(f"no file '{path}'; expected a .jsonl or .jsonl.gz file")
-    if not path.name.endswith((".jsonl", ".jsonl.gz")):
-        raise ConfigError(f"'{path}' is of another kind; expected .jsonl or .jsonl.gz (one JSON object a line)")
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as handle:
-            for number, line in enumerate(handle, 1):
-                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-                if line.strip():
-                    yield number, line
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: not a whole gzip file ({error}); compress it again or drop the .gz") from error
-
-
-def _json_object(line: bytes, place: Place) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [k for k, _ in pairs]
-        if len(set(keys)) < len(keys):
-            twice = next(k for k in keys if keys.count(k) > 1)
-            raise place.fault(twice, "the key stands twice in one object", "keep one")
-        return dict(pairs)
-
-    try:
-        value = json.loads(line.decode("utf-8"), object_pairs_hook=unique)
-    except UnicodeDecodeError as error:
-        raise place.fault("(line)", f"byte {error.start} is not UTF-8", "save the file as UTF-8") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise place.fault("(line)", f"invalid JSON ({error})", "write one JSON object a line") from error
-    if not isinstance(value, dict):
-        raise place.fault("(line)", f"found {kind_of(value)}, expected an object", "write one JSON object a line")
-    return value
-
-
-def _listed(found: list[DataError]) -> DataError:
-    """One error for all faulty rows: the first few in full, the rest counted."""
-    if len(found) == 1:
-        return found[0]
-    more = len(found) - _SHOWN_FAULTS
-    lines = [str(e) for e in found[:_SHOWN_FAULTS]] + ([f"and {more} more"] if more > 0 else [])
-    return DataError(f"{len(found)} faulty rows:\n" + "\n".join(lines))

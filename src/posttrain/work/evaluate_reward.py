@@ -30,7 +30,7 @@ def run(stage: EvaluateReward, ctx: Context) -> None:
     start = start_from(stage.base, ctx, "base")
     dtype = choose_dtype(stage.dtype, start.path)
     files = data_files(stage.test, stage.base)
-    test = read_part(files.get("heldout_rankings", files["rankings"]), ctx, stage.test_limit)
+    test = read_part(files.get("heldout_rankings", files["rankings"]), ctx, stage.test_limit, stage.skip_bad)
     train = rankings(load_examples(stage, ctx, "rankings"))
     kept = [fitting(start.tokenizer, examples, stage, ctx) for examples in (train, rankings(test))]
     frozen = load_policy(start.path, dtype=dtype)

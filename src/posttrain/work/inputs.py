@@ -11,13 +11,11 @@ from typing import Any
 
 import torch
 
-from posttrain.data import read_jsonl, resolve_data, stop_ids
-from posttrain.errors import ConfigError, DataError, suggest
+from posttrain.data import ReadReport, read, resolve_data, stop_ids
+from posttrain.errors import ConfigError, suggest
 from posttrain.models.load import Found, cache_dir, find_model, load_generation_config, load_tokenizer
 from posttrain.stages import Context, Stage, stage_model
 from posttrain.types import Example
-
-FAULTY = 0.02  # a larger share of rows that can't be read is a wrong file, not a flawed one
 
 
 @dataclass(frozen=True)
@@ -96,23 +94,22 @@ def load_examples(stage: Any, ctx: Context, part: str) -> list[Example]:
     """
     files = data_files(stage.data, _root_model(stage))
     if part not in files:
-        raise ConfigError(f"data '{stage.data}' has no {part}; {suggest(part, files)}; expected a file {part}.jsonl")
-    return read_part(files[part], ctx, getattr(stage, "limit", None))
+        raise ConfigError(
+            f"data '{stage.data}' has no {part}; {suggest(part, files)}; expected a file such as {part}.jsonl"
+        )
+    return read_part(files[part], ctx, getattr(stage, "limit", None), getattr(stage, "skip_bad", 0))
 
 
-def read_part(file: Path, ctx: Context, limit: int | None) -> list[Example]:
-    """Read a file; a few faulty rows are left out and counted aloud.
+def read_part(file: Path, ctx: Context, limit: int | None, skip_bad: int = 0) -> list[Example]:
+    """Read a source; what is left out (rows that teach nothing, up to ``skip_bad`` faulty ones) is printed by reason.
 
     Raises:
-        DataError: more than `FAULTY` of the rows are faulty.
+        DataError: more faulty rows than ``skip_bad``.
     """
-    faults: list[DataError] = []
-    examples = read_jsonl(file, limit=limit, faults=faults)
-    total = len(examples) + len(faults)
-    if len(faults) > FAULTY * total:
-        raise DataError(f"{file}: {len(faults)} of {total} rows are faulty, more than {FAULTY:.0%}; first: {faults[0]}")
-    if faults:
-        ctx.console.print(f"[yellow]{len(faults)} faulty rows left out of {total}; first: {faults[0]}[/]")
+    report = ReadReport()
+    examples = read(file, limit=limit, skip_bad=skip_bad, report=report)
+    if report.useless or report.bad:
+        ctx.console.print(f"{file.name}: {report}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     return examples
 
 
