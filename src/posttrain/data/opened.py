@@ -69,7 +69,7 @@ def _unpacked(name: str) -> str:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[io.BufferedReader]:
+def opened(path: Path) -> Iterator[io.BufferedReader[Any]]:
     """Open a file for reading its bytes, unpacked if it begins as gzip or Zstandard does.
 
     Raises:
@@ -85,7 +85,7 @@ def opened(path: Path) -> Iterator[io.BufferedReader]:
         with file:
             head = file.peek(4)[:4]
             if head.startswith(_GZIP):
-                with gzip.GzipFile(fileobj=file) as raw, io.BufferedReader(raw, _BUFFER) as handle:  # pyright: ignore[reportArgumentType]
+                with gzip.GzipFile(fileobj=file) as raw, io.BufferedReader(raw, _BUFFER) as handle:
                     yield handle
             elif head == _ZSTD:
                 packing = "Zstandard"
