@@ -1,15 +1,18 @@
-"""Write the README's tables of methods and systems from the registries: ``python docs/tables.py``."""
+"""Write the tables of methods, systems and data formats from the registries into their pages: ``python docs/tables.py``."""
 
 from __future__ import annotations
 
 import inspect
+import json
 from pathlib import Path
 
+from posttrain.data.formats import FORMATS
 from posttrain.losses.policy import policy_losses
 from posttrain.registry import RECIPES
 
 START, END = "<!-- tables: made by docs/tables.py -->\n", "<!-- end of tables -->"
 README = Path(__file__).parents[1] / "README.md"
+DATA = Path(__file__).parent / "data.md"
 
 
 def first_line(item: object) -> str:
@@ -27,11 +30,28 @@ def tables() -> str:
     return "\n".join([*head, *methods, "", "| system | what it is |", "|---|---|", *systems]) + "\n"
 
 
-def written(text: str) -> str:
-    """The README with fresh tables."""
-    before, rest = text.split(START)
-    return before + START + tables() + END + rest.split(END)[1]
+def formats() -> str:
+    """Markdown of the table of formats and of an example row of each."""
+    head = ["| format | columns | what a row becomes |", "|---|---|---|"]
+    rows: list[str] = []
+    for name, form in FORMATS.items():
+        optional = sorted(form.used - form.needs - {"weight", "kind"})
+        columns = ", ".join([*(f"`{c}`" for c in form.example if c in form.needs), *(f"[`{c}`]" for c in optional)])
+        asked = " Only by name." if form.asked else ""
+        rows.append(f"| `{name}` | {columns} | {form.summary.replace('|', '/')}{asked} |")
+    lines = [f"{name}: {json.dumps(form.example, ensure_ascii=False)}" for name, form in FORMATS.items()]
+    return "\n".join([*head, *rows, "", "A row of each:", "", "```", *lines, "```"]) + "\n"
+
+
+PAGES = {README: tables, DATA: formats}
+
+
+def written(page: Path) -> str:
+    """A page with fresh tables."""
+    before, rest = page.read_text().split(START)
+    return before + START + PAGES[page]() + END + rest.split(END)[1]
 
 
 if __name__ == "__main__":
-    README.write_text(written(README.read_text()))
+    for page in PAGES:
+        page.write_text(written(page))

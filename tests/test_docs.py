@@ -1,14 +1,20 @@
 import importlib.util
 from pathlib import Path
 
+import pytest
+
 DOCS = Path(__file__).parents[1] / "docs" / "tables.py"
 
 
-def test_the_readme_has_the_tables_of_the_registries():
+@pytest.mark.parametrize(
+    ("page", "rows"),
+    [("README", ["| `instructgpt` |", "| `ppo_clip` |"]), ("DATA", ["| `pair` |", "| `oasst_tree` |", "| `gsm8k` |"])],
+)
+def test_pages_have_the_tables_of_the_registries(page, rows):
     spec = importlib.util.spec_from_file_location("tables", DOCS)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    text = module.README.read_text()
-    assert module.written(text) == text, "run: python docs/tables.py"
-    assert "| `instructgpt` |" in text
-    assert "| `ppo_clip` |" in text
+    path = getattr(module, page)
+    text = path.read_text()
+    assert module.written(path) == text, "run: python docs/tables.py"
+    assert all(row in text for row in rows)
