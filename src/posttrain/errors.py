@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
 
 
@@ -48,3 +49,15 @@ def suggest(name: str, known: Iterable[str]) -> str:
     options = sorted(known)
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(options) or 'none'}"
+
+
+def printable(text: str) -> str:
+    """Return the text with characters that a terminal would obey, or show nothing for, as escapes.
+
+    Line breaks and spaces stay, and the joiners that emoji and some scripts are written with.
+    """
+    kept = "\n\u200c\u200d"
+    return "".join(
+        c if c.isprintable() or c in kept or unicodedata.category(c) == "Zs" else c.encode("unicode_escape").decode()
+        for c in text
+    )
