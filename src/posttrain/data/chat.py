@@ -9,27 +9,28 @@ followed by the ids of its answer are exactly the ids that are trained.
 from __future__ import annotations
 
 import bisect
-import datetime
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from jinja2 import TemplateError
-
-from posttrain.data.control import Coded, Coder, Found, encode_controlled, find_controls, make_coder
-from posttrain.data.formats import ROLES
-from posttrain.errors import DataError, ModelError, suggest
+from posttrain.data.control import Coded, Found, encode_controlled, find_controls
+from posttrain.data.layout import Layout, cached_scaffold, coder_for, lay_out, roles_only, stop_ids, trains
+from posttrain.data.template import Tools, template_key
+from posttrain.errors import DataError, ModelError
 from posttrain.types import Message
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Rendered", "Span", "render", "render_branch", "render_prompt", "render_response", "stop_ids"]
 
 
 class Span(NamedTuple):
     """The tokens ``start .. end`` of one message's content, and of the stop token that ends it, if one does.
 
-    An assistant turn's span starts where sampling would start.
+    An assistant turn's span starts where sampling would start, and holds its tool calls.
     """
 
     message: int
@@ -45,51 +46,51 @@ class Rendered(NamedTuple):
     mask: list[bool]
 
 
-class _Scaffold(NamedTuple):
-    """What a template writes around contents.
-
-    ``pieces[0]``, content ``order[0]``, ``pieces[1]`` ... ``back[m]`` is how many characters lie between the
-    end of the generation prompt and assistant message m's content; None if the text before was another then.
-    """
-
-    pieces: tuple[str, ...]
-    order: tuple[int, ...]
-    back: tuple[int | None, ...]
-
-
-class _Layout(NamedTuple):
-    """Rendered text, each message's content in it, and where each assistant turn's sampling starts."""
-
-    text: str
-    contents: list[tuple[int, int]]
-    starts: list[int | None]
-
-
 def render(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, generation_prompt: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    tools: Tools = (),
+    generation_prompt: bool = False,
+    rewritten: bool = False,
 ) -> Rendered:
     """Render a conversation to ids.
 
-    Trained tokens are, by default, what the assistant would sample: content and stop token. ``Message.train``
-    overrides that for its message.
+    Trained tokens are, by default, what the assistant would sample: content, tool calls and stop token.
+    ``Message.train`` overrides that for its message.
+
+    Args:
+        tokenizer: with a chat template.
+        messages: the conversation.
+        tools: JSON schemas that it offers.
+        generation_prompt: whether to end with what precedes the assistant's next turn.
+        rewritten: whether assistant turns that aren't trained may read as the template rewrites them (thinking that
+            it strips from earlier turns). Such a turn has a span only if it can be told from the rest.
 
     Raises:
         ModelError: no template, or one that alters contents, doesn't end a trained turn in a stop token,
-            rewrites what stood before a trained turn, has no generation prompt or doubles BOS.
-        DataError: an unknown role, or a character that only a control token can spell.
+            rewrites what stood before a trained turn, has no generation prompt, doubles BOS or doesn't write
+            the conversation's tools and calls.
+        DataError: an unknown role, text that isn't Unicode, or a character that only a control token can spell.
     """
-    layout = _layout(tokenizer, messages, generation_prompt)
+    layout = lay_out(tokenizer, messages, tools, generation_prompt, rewritten)
     return _encode(tokenizer, messages, layout, 0, len(layout.text))
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
-    """Return the ids after which the assistant's next turn is sampled; raises as `render`."""
-    silent = [Message(role=m.role, content=m.content, train=False) for m in messages]
-    return render(tokenizer, silent, generation_prompt=True).ids
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, tools: Tools = (), rewritten: bool = False
+) -> list[int]:
+    """Return the ids after which the assistant's next turn is sampled; arguments and errors as `render`."""
+    return render(tokenizer, silent(messages), tools=tools, generation_prompt=True, rewritten=rewritten).ids
 
 
 def render_branch(
-    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], response: Sequence[Message]
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[Message],
+    response: Sequence[Message],
+    *,
+    tools: Tools = (),
+    rewritten: bool = False,
 ) -> Rendered:
     """Render only what follows ``render_prompt(prompt)``, up to and including the last turn's stop token.
 
@@ -97,67 +98,77 @@ def render_branch(
 
     Raises:
         ModelError: as `render`; also where the prompt reads otherwise once an answer follows it.
-        DataError: a response that doesn't start and end with an assistant turn.
+        DataError: as `render`; a response that doesn't start and end with an assistant turn.
     """
-    if not response or response[0].role != "assistant" or response[-1].role != "assistant":
-        roles = ", ".join(m.role for m in response) or "none"
-        raise DataError(f"the response has roles {roles}; expected it to start and end with an assistant turn")
-    silent = [Message(role=m.role, content=m.content, train=False) for m in prompt]
-    messages = [*silent, *response]
-    layout = _layout(tokenizer, messages, False)
+    check_response(response)
+    messages = [*silent(prompt), *response]
+    layout = lay_out(tokenizer, messages, tools, False, rewritten)
     begin = layout.starts[len(prompt)]
-    if begin is None or layout.text[:begin] != _layout(tokenizer, silent, True).text:
+    asked = lay_out(tokenizer, messages[: len(prompt)], tools, True, rewritten)
+    if begin is None or layout.text[:begin] != asked.text:
         raise _rewrites(len(prompt))
-    closing = _closing(_controls(tokenizer, layout), layout, len(messages) - 1)
-    end = closing[1] if closing else len(layout.text)
+    closing = _closing(tokenizer, layout, len(messages) - 1)
+    end = closing.end if closing else len(layout.text)
     whole = _encode(tokenizer, messages, layout, begin, end)
     spans = [Span(s.message - len(prompt), s.start, s.end) for s in whole.spans if s.message >= len(prompt)]
     return Rendered(whole.ids, spans, whole.mask)
 
 
 def render_response(
-    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], response: Sequence[Message]
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[Message],
+    response: Sequence[Message],
+    *,
+    tools: Tools = (),
+    rewritten: bool = False,
 ) -> list[int]:
     """Return the answer's ids with its stop token; ``render_prompt(prompt)`` and they are what is trained."""
-    return render_branch(tokenizer, prompt, response).ids
+    return render_branch(tokenizer, prompt, response, tools=tools, rewritten=rewritten).ids
 
 
-def stop_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None) -> frozenset[int]:
-    """Return every id that ends an answer: the tokenizer's EOS, the generation config's, the template's.
+def silent(messages: Sequence[Message]) -> list[Message]:
+    """The same turns, none of them trained."""
+    return [replace(m, train=False) for m in messages]
+
+
+def check_response(response: Sequence[Message]) -> None:
+    """Refuse a response that doesn't start and end with an assistant turn.
 
     Raises:
-        ModelError: none of the three names one.
+        DataError: naming the roles.
     """
-    configured = getattr(generation_config, "eos_token_id", None)
-    found: set[Any] = set(configured) if isinstance(configured, (list, tuple)) else {configured}
-    found.add(tokenizer.eos_token_id)
-    if tokenizer.chat_template:
-        found.add(_turn_end(tokenizer, _template_key(tokenizer)))
-    found.discard(None)
-    if not found:
-        raise ModelError("the tokenizer names no stop token; set tokenizer.eos_token")
-    return frozenset(found)
+    if not response or response[0].role != "assistant" or response[-1].role != "assistant":
+        roles = ", ".join(m.role for m in response) or "none"
+        raise DataError(f"the response has roles {roles}; expected it to start and end with an assistant turn")
+
+
+def check_bos(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> None:
+    """Refuse ids that start with BOS twice.
+
+    Raises:
+        ModelError: naming the token.
+    """
+    if tokenizer.bos_token_id is not None and list(ids[:2]) == [tokenizer.bos_token_id] * 2:
+        raise ModelError(f"the chat template starts with {tokenizer.bos_token!r} twice; remove one from it")
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], layout: _Layout, begin: int, end: int
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], layout: Layout, begin: int, end: int
 ) -> Rendered:
     """Encode ``layout.text[begin:end]`` and mark each message's tokens."""
-    controls = _controls(tokenizer, layout)
-    stops = stop_ids(tokenizer)
     cuts = [start for start in layout.starts if start is not None]
-    coded = encode_controlled(_coder(tokenizer), layout.text[:end], controls, cuts, begin)
-    if begin == 0 and tokenizer.bos_token_id is not None and coded.ids[:2] == [tokenizer.bos_token_id] * 2:
-        raise ModelError(f"the chat template starts with {tokenizer.bos_token!r} twice; remove one from it")
+    coded = encode_controlled(layout.coder, layout.text[:end], layout.controls, cuts, begin)
+    if begin == 0:
+        check_bos(tokenizer, coded.ids)
     spans: list[Span] = []
     mask = [False] * len(coded.ids)
     for m, message in enumerate(messages):
-        low, high = _turn(tokenizer, layout, controls, stops, m, message)
-        if high <= begin:
+        turn = _turn(tokenizer, layout, m, message)
+        if turn is None or turn[1] <= begin:
             continue
-        first, last = _overlapping(coded, low, high)
+        first, last = _overlapping(coded, *turn)
         spans.append(Span(m, first, last))
-        if _trains(message):
+        if trains(message):
             mask[first:last] = [True] * (last - first)
     return Rendered(coded.ids, spans, mask)
 
@@ -171,31 +182,26 @@ def _overlapping(coded: Coded, low: int, high: int) -> tuple[int, int]:
     return first, max(first, bisect.bisect_left(coded.chars, high, key=start_of))
 
 
-def _trains(message: Message) -> bool:
-    return message.role == "assistant" if message.train is None else message.train
-
-
-def _turn(
-    tokenizer: PreTrainedTokenizerBase,
-    layout: _Layout,
-    controls: Sequence[Found],
-    stops: frozenset[int],
-    m: int,
-    message: Message,
-) -> tuple[int, int]:
+def _turn(tokenizer: PreTrainedTokenizerBase, layout: Layout, m: int, message: Message) -> tuple[int, int] | None:
     """The characters of message m's span; refuses an assistant turn that can't be trained."""
-    low, high = layout.contents[m]
-    closing = _closing(controls, layout, m)
-    end = closing[1] if closing and closing[2] in stops else None
+    content, start = layout.contents[m], layout.starts[m]
+    if content is None:
+        if trains(message):
+            raise _rewrites(m)
+        return None
+    low, high = content
+    stops = stop_ids(tokenizer)
+    closing = _closing(tokenizer, layout, m)
+    end = closing.end if closing and closing.id in stops else None
     if message.role != "assistant":
-        return low, end if end and closing and closing[0] == high else high
-    start = layout.starts[m]
-    if _trains(message):
+        return low, end if end and closing and closing.start == high else high
+    if trains(message):
         if start is None:
             raise _rewrites(m)
-        if any(start <= c[0] < low for c in controls):
+        opening = layout.text[start:low] if any(start <= c.start < low for c in layout.controls) else ""
+        if opening := opening or (_unprompted(tokenizer, template_key(tokenizer)) if low == start else ""):
             raise ModelError(
-                f"the chat template has no generation prompt: it writes {layout.text[start:low]!r} between a "
+                f"the chat template has no generation prompt: it writes {opening!r} between a "
                 "prompt and its answer; make it heed add_generation_prompt"
             )
         if end is None:
@@ -208,12 +214,24 @@ def _turn(
     return low if start is None else start, high if end is None else end
 
 
-def _closing(controls: Sequence[Found], layout: _Layout, m: int) -> Found | None:
+@lru_cache(maxsize=64)
+def _unprompted(tokenizer: PreTrainedTokenizerBase, key: object) -> str:
+    """What the template writes between a prompt and its answer, if control tokens are in it."""
+    scaffold = cached_scaffold(tokenizer, key, roles_only("user", "assistant"), False)
+    start = scaffold.starts[1]
+    gap = scaffold.pieces[start[0]][-start[1] :] if start and start[1] else ""
+    return gap if find_controls(coder_for(tokenizer), gap) else ""
+
+
+def _closing(tokenizer: PreTrainedTokenizerBase, layout: Layout, m: int) -> Found | None:
     """The first control token after message m's content and before the next content."""
-    high = layout.contents[m][1]
-    others = (low for k, (low, _) in enumerate(layout.contents) if k != m and low >= high)
+    content = layout.contents[m]
+    if content is None:
+        return None
+    high = content[1]
+    others = (c[0] for k, c in enumerate(layout.contents) if c and k != m and c[0] >= high)
     limit = min(others, default=len(layout.text))
-    return next((c for c in controls if high <= c[0] < limit), None)
+    return next((c for c in layout.controls if high <= c.start < limit), None)
 
 
 def _rewrites(m: int) -> ModelError:
@@ -222,130 +240,3 @@ def _rewrites(m: int) -> ModelError:
         "when that turn was sampled; set train=false on earlier turns, make one example a turn, or use a "
         "template that keeps history"
     )
-
-
-def _layout(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], generation_prompt: bool) -> _Layout:
-    """Render the text and find each content in it, whatever the contents say."""
-    for m, message in enumerate(messages):
-        if message.role not in ROLES:
-            raise DataError(f"message {m} has the unknown role {message.role!r}; {suggest(message.role, ROLES)}")
-    roles = tuple(m.role for m in messages)
-    scaffold = _scaffold(tokenizer, _template_key(tokenizer), roles, generation_prompt)
-    text = _apply(tokenizer, roles, [m.content for m in messages], generation_prompt)
-    contents = _align(text, scaffold, messages)
-    starts = [None if back is None else low - back for (low, _), back in zip(contents, scaffold.back, strict=True)]
-    return _Layout(text, contents, starts)
-
-
-def _align(text: str, scaffold: _Scaffold, messages: Sequence[Message]) -> list[tuple[int, int]]:
-    """Return where each content lies; a template may trim white space off its ends, nothing else."""
-    spans = [(0, 0)] * len(messages)
-    at = len(scaffold.pieces[0])
-    altered = not text.startswith(scaffold.pieces[0])
-    m = scaffold.order[0] if scaffold.order else 0
-    for m, piece in zip(scaffold.order, scaffold.pieces[1:], strict=True):
-        raw = messages[m].content
-        options = [kept for kept in (raw, raw.strip(), raw.lstrip(), raw.rstrip()) if text.startswith(kept + piece, at)]
-        if not options or altered:
-            altered = True
-            break
-        spans[m] = (at, at + len(options[0]))
-        at += len(options[0]) + len(piece)
-    if altered or at != len(text):
-        raise ModelError(
-            f"the chat template alters the content of message {m} ({messages[m].role}), or writes other text "
-            "around it because of what it says (stripped thinking, quoting ...); use a template that copies "
-            "contents as they are"
-        )
-    return spans
-
-
-@lru_cache(maxsize=1024)
-def _scaffold(
-    tokenizer: PreTrainedTokenizerBase, key: object, roles: tuple[str, ...], generation_prompt: bool
-) -> _Scaffold:
-    """Render with markers for contents; depends on the roles only."""
-    markers = [f"Zq{m}x7Content{m}x7qZ" for m in range(len(roles))]
-    text = _apply(tokenizer, roles, markers, generation_prompt)
-    for m, marker in enumerate(markers):
-        if (count := text.count(marker)) != 1:
-            raise ModelError(
-                f"the chat template writes the content of message {m} ({roles[m]}) {count} times, expected "
-                "once; use a template that keeps every message, or leave that turn out"
-            )
-    order = tuple(sorted(range(len(roles)), key=lambda m: text.index(markers[m])))
-    pieces, at = [], 0
-    for m in order:
-        pieces.append(text[at : text.index(markers[m])])
-        at = text.index(markers[m]) + len(markers[m])
-    back = tuple(_back(tokenizer, text, roles, markers, m) for m in range(len(roles)))
-    return _Scaffold((*pieces, text[at:]), order, back)
-
-
-def _back(
-    tokenizer: PreTrainedTokenizerBase, text: str, roles: tuple[str, ...], markers: list[str], m: int
-) -> int | None:
-    """See `_Scaffold`."""
-    if roles[m] != "assistant" or m == 0:
-        return None
-    try:
-        before = _apply(tokenizer, roles[:m], markers[:m], True)
-    except ModelError:
-        return None
-    gap = text.index(markers[m]) - len(before)
-    return gap if gap >= 0 and text.startswith(before) else None
-
-
-def _apply(
-    tokenizer: PreTrainedTokenizerBase, roles: Sequence[str], contents: Iterable[str], generation_prompt: bool
-) -> str:
-    if not tokenizer.chat_template:
-        raise ModelError(
-            "the tokenizer has no chat template, so there is no saying where a turn ends; load an instruct "
-            "model's tokenizer or set tokenizer.chat_template"
-        )
-    if not roles:
-        raise DataError("a conversation without messages; expected at least one")
-    turns = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation_prompt)
-    except TemplateError as error:
-        raise ModelError(
-            f"the chat template refuses the roles {', '.join(roles)} ({error}); reorder or merge the turns, "
-            "or use another template"
-        ) from error
-    return str(text)
-
-
-def _template_key(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, ...]:
-    """What a scaffold depends on besides roles; the date is in it because some templates write today's."""
-    template = tokenizer.chat_template
-    named = tuple(sorted(template.items())) if isinstance(template, dict) else template
-    special = tuple((k, str(v)) for k, v in tokenizer.special_tokens_map.items())
-    return named, special, len(tokenizer), datetime.date.today()
-
-
-def _controls(tokenizer: PreTrainedTokenizerBase, layout: _Layout) -> list[Found]:
-    return find_controls(_coder(tokenizer), layout.text, layout.contents)
-
-
-def _coder(tokenizer: PreTrainedTokenizerBase) -> Coder:
-    return _cached_coder(tokenizer, _template_key(tokenizer)[:-1])
-
-
-@lru_cache(maxsize=4)
-def _cached_coder(tokenizer: PreTrainedTokenizerBase, key: object) -> Coder:
-    # Turn markers of some tokenizers are added tokens that aren't flagged special: those the template writes
-    # before an answer are control tokens too.
-    pieces = _scaffold(tokenizer, _template_key(tokenizer), ("user",), True).pieces
-    return make_coder(tokenizer, "".join(pieces))
-
-
-@lru_cache(maxsize=64)
-def _turn_end(tokenizer: PreTrainedTokenizerBase, key: object) -> int | None:
-    """The id that ends an assistant turn at a conversation's end, None if the template writes none."""
-    coder = _coder(tokenizer)
-    tail = find_controls(coder, _scaffold(tokenizer, key, ("user", "assistant"), False).pieces[-1], [])
-    opening = find_controls(coder, _scaffold(tokenizer, key, ("user",), True).pieces[-1], [])
-    # A template that goes straight on to open the next turn hasn't ended this one.
-    return tail[0].id if tail and tail[0].id != (opening[-1].id if opening else None) else None

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
-from posttrain.data.chat import Rendered, render, render_branch, render_prompt
+from posttrain.data.batch import Ask, render_many
+from posttrain.data.chat import Rendered, silent
+from posttrain.data.layout import trains
 from posttrain.data.views import demonstrations, fault, prompts, rankings
 from posttrain.errors import ConfigError, DataError, ModelError, suggest
 from posttrain.forest import Branch, Row
@@ -19,6 +21,17 @@ if TYPE_CHECKING:
 
 Overlong = Literal["error", "drop", "truncate_prompt_left", "truncate_completion"]
 """What to do with an example of more than ``max_length`` tokens (prompt plus its longest response)."""
+
+History = Literal["refuse", "last", "each"]
+"""What to do where a template rewrites earlier turns (thinking that it strips).
+
+``refuse``: raise, unless no trained turn is concerned. ``last``: train the last assistant turn only, after the history
+as the template rewrites it. ``each``: one row for each trained assistant turn, each after the history as it read when
+that turn was sampled.
+"""
+
+AT_ONCE = 1000
+"""How many examples are encoded in one call."""
 
 TOO_LONG = "longer than max_length"
 TWINS = "responses equal after truncation"
@@ -65,6 +78,7 @@ def demonstration_rows(
     *,
     max_length: int,
     overlong: Overlong = "error",
+    history: History = "refuse",
 ) -> tuple[list[Row], Report]:
     """Return a row of one branch for each demonstration, with mask ``loss`` on trained tokens.
 
@@ -75,24 +89,51 @@ def demonstration_rows(
         DataError: an over-long example under ``error``, one that can't be cut as asked, nothing to train on;
             as `views.demonstrations` and `chat.render`.
         ModelError: as `chat.render`.
+        ConfigError: an unknown ``overlong`` or ``history``.
     """
+    if history not in get_args(History):
+        raise ConfigError(f"unknown history '{history}'; {suggest(history, get_args(History))}")
 
-    def make(example: Example, position: int) -> Row:
-        response = example.responses[0].messages
-        history = [replace(m, train=m.train is True) for m in example.prompt]
-        whole = render(tokenizer, [*history, *response])
-        if True not in whole.mask:
-            remedy = "remove train=false from the turn to imitate, or remove the row"
-            raise fault(example, position, "train", "no token is trained", remedy)
-        first = whole.mask.index(True)
-        last = len(whole.mask) - whole.mask[::-1].index(True)
-        branch = Branch(whole.ids[first:last], {"loss": whole.mask[first:last]})
-        return Row(whole.ids[:first], [branch])
+    def ask(example: Example, position: int) -> list[Ask]:
+        turns = _demonstration(example)
+        trained = [m for m, turn in enumerate(turns) if trains(turn)]
+        spoken = [m for m in trained if turns[m].role == "assistant"]
+        if history == "refuse":
+            return [Ask(turns, example.tools)]
+        if len(spoken) < len(trained):
+            remedy = "drop 'train' from it, or keep history='refuse'"
+            raise fault(example, position, "train", f"history='{history}' trains assistant turns only", remedy)
+        kept = spoken if history == "each" or not spoken else spoken[-1:]
+        return [Ask([*silent(turns[:m]), turns[m]], example.tools, rewritten=True) for m in kept or [len(turns) - 1]]
+
+    def make(example: Example, position: int, rendered: Sequence[Rendered]) -> list[Row]:
+        return [_demonstration_row(example, position, whole) for whole in rendered]
 
     checked = demonstrations(examples)
-    turns = [m for e in checked for m in e.prompt if m.role == "assistant" and m.train is not True]
-    rows, report = _collate(tokenizer, checked, make, max_length, overlong)
-    return rows, replace(report, untrained_turns=len(turns))
+    rows, report = _collate(tokenizer, checked, ask, make, max_length, overlong)
+    untrained = sum(_untrained(_demonstration(e), history) for e in checked)
+    return rows, replace(report, untrained_turns=untrained)
+
+
+def _demonstration(example: Example) -> list[Message]:
+    """The conversation, in which turns of the prompt are trained only if they say so."""
+    return [*(replace(m, train=m.train is True) for m in example.prompt), *example.responses[0].messages]
+
+
+def _untrained(turns: Sequence[Message], history: str) -> int:
+    """How many assistant turns before the last aren't trained."""
+    earlier = [m for m in turns[:-1] if m.role == "assistant"]
+    return len(earlier) if history == "last" else sum(not trains(m) for m in earlier)
+
+
+def _demonstration_row(example: Example, position: int, whole: Rendered) -> Row:
+    if True not in whole.mask:
+        remedy = "remove train=false from the turn to imitate, or remove the row"
+        raise fault(example, position, "train", "no token is trained", remedy)
+    first = whole.mask.index(True)
+    last = len(whole.mask) - whole.mask[::-1].index(True)
+    branch = Branch(whole.ids[first:last], {"loss": whole.mask[first:last]})
+    return Row(whole.ids[:first], [branch])
 
 
 def ranking_rows(
@@ -112,18 +153,22 @@ def ranking_rows(
         ModelError: as `chat.render`.
     """
 
-    def make(example: Example, position: int) -> Row:
+    def ask(example: Example, position: int) -> list[Ask]:
         if any(m.train for m in example.prompt):
             remedy = "drop 'train' from the prompt, or train that turn as a demonstration"
             raise fault(example, position, "train", "a turn of a ranking's prompt says train=true", remedy)
-        prompt = render_prompt(tokenizer, example.prompt)
-        branches = [_branch(tokenizer, example, position, r.messages) for r in example.responses]
+        prompt = silent(example.prompt)
+        answers = [Ask([*prompt, *r.messages], example.tools, answer_from=len(prompt)) for r in example.responses]
+        return [Ask(prompt, example.tools, generation_prompt=True), *answers]
+
+    def make(example: Example, position: int, rendered: Sequence[Rendered]) -> list[Row]:
+        branches = [_branch(example, position, answer) for answer in rendered[1:]]
         if _twins(example, branches):
             remedy = "remove the row, or one of them"
             raise fault(example, position, "responses", "differently ranked ones read the same", remedy)
-        return Row(prompt, branches)
+        return [Row(rendered[0].ids, branches)]
 
-    return _collate(tokenizer, rankings(examples), make, max_length, overlong)
+    return _collate(tokenizer, rankings(examples), ask, make, max_length, overlong)
 
 
 def prompt_ids(
@@ -143,15 +188,17 @@ def prompt_ids(
     if overlong == "truncate_completion":
         raise ConfigError("prompts have no completion to truncate; use 'error', 'drop' or 'truncate_prompt_left'")
 
-    def make(example: Example, position: int) -> Row:
-        return Row(render_prompt(tokenizer, example.prompt), [])
+    def ask(example: Example, position: int) -> list[Ask]:
+        return [Ask(silent(example.prompt), example.tools, generation_prompt=True)]
 
-    rows, report = _collate(tokenizer, prompts(examples), make, max_length, overlong)
+    def make(example: Example, position: int, rendered: Sequence[Rendered]) -> list[Row]:
+        return [Row(rendered[0].ids, [])]
+
+    rows, report = _collate(tokenizer, prompts(examples), ask, make, max_length, overlong)
     return [list(row.prompt) for row in rows], report
 
 
-def _branch(tokenizer: PreTrainedTokenizerBase, example: Example, position: int, response: Sequence[Message]) -> Branch:
-    rendered: Rendered = render_branch(tokenizer, example.prompt, response)
+def _branch(example: Example, position: int, rendered: Rendered) -> Branch:
     if True not in rendered.mask:
         remedy = "remove train=false from it"
         raise fault(example, position, "train", "no token of a response counts", remedy)
@@ -161,11 +208,12 @@ def _branch(tokenizer: PreTrainedTokenizerBase, example: Example, position: int,
 def _collate(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
-    make: Callable[[Example, int], Row],
+    ask: Callable[[Example, int], list[Ask]],
+    make: Callable[[Example, int, Sequence[Rendered]], list[Row]],
     max_length: int,
     overlong: str,
 ) -> tuple[list[Row], Report]:
-    """Make each example's row, fit it to the limit and count."""
+    """Make each example's rows, fit them to the limit and count."""
     if overlong not in get_args(Overlong):
         raise ConfigError(f"unknown overlong '{overlong}'; {suggest(overlong, get_args(Overlong))}")
     if max_length < 2:
@@ -175,23 +223,45 @@ def _collate(
     dropped: Counter[str] = Counter()
     truncated: Counter[str] = Counter()
     longest = 0
-    for position, example in enumerate(examples):
-        with _naming(example, position):
-            row = make(example, position)
-        length = _length(row)
-        longest = max(longest, length)
-        if length > max_length:
-            if overlong == "drop":
-                dropped[TOO_LONG] += 1
-                continue
-            row = _cut(row, example, position, max_length, overlong, tokenizer.bos_token_id)
-            if _twins(example, row.branches):
-                dropped[TWINS] += 1
-                continue
-            truncated[PROMPT_CUT if overlong == "truncate_prompt_left" else COMPLETION_CUT] += 1
-        rows.append(row)
-        index.append(position)
+    for position, rendered in _rendered(tokenizer, examples, ask):
+        example = examples[position]
+        for row in make(example, position, rendered):
+            length = _length(row)
+            longest = max(longest, length)
+            if length > max_length:
+                if overlong == "drop":
+                    dropped[TOO_LONG] += 1
+                    continue
+                row = _cut(row, example, position, max_length, overlong, tokenizer.bos_token_id)
+                if _twins(example, row.branches):
+                    dropped[TWINS] += 1
+                    continue
+                truncated[PROMPT_CUT if overlong == "truncate_prompt_left" else COMPLETION_CUT] += 1
+            rows.append(row)
+            index.append(position)
     return rows, Report(index=tuple(index), dropped=dropped, truncated=truncated, longest=longest)
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    ask: Callable[[Example, int], list[Ask]],
+) -> Iterator[tuple[int, list[Rendered]]]:
+    """Render many examples at a time; the first faulty row's error surfaces, after the rows before it."""
+    for start in range(0, len(examples), AT_ONCE):
+        chunk = range(start, min(start + AT_ONCE, len(examples)))
+        try:
+            asked = [ask(examples[position], position) for position in chunk]
+            made = iter(render_many(tokenizer, [a for asks in asked for a in asks], spans=False))
+        except (DataError, ModelError):  # one by one: the error has to name its row
+            for position in chunk:
+                with _naming(examples[position], position):
+                    asks = ask(examples[position], position)
+                    one = render_many(tokenizer, asks, spans=False)
+                yield position, one
+            continue
+        for position, asks in zip(chunk, asked, strict=True):
+            yield position, [next(made) for _ in asks]
 
 
 def _twins(example: Example, branches: Sequence[Branch]) -> bool:

@@ -29,6 +29,7 @@ class Coder(NamedTuple):
     Attributes:
         controls: text to control token.
         pattern: finds control tokens, the longest first; None without any.
+        starts, ends: what a control token's spelling can start or end with, short of the whole.
         forbidden: ids that plain text must not give.
         prefixed: encodes plain text as at a text's start (sentencepiece-like tokenizers add a space there).
         bare: encodes plain text as the continuation of other text, without such a space.
@@ -37,6 +38,8 @@ class Coder(NamedTuple):
 
     controls: dict[str, Control]
     pattern: re.Pattern[str] | None
+    starts: frozenset[str]
+    ends: frozenset[str]
     forbidden: frozenset[int]
     prefixed: Tokenizer
     bare: Tokenizer
@@ -94,6 +97,8 @@ def make_coder(tokenizer: PreTrainedTokenizerBase, scaffold: str = "") -> Coder:
     return Coder(
         controls=controls,
         pattern=re.compile("|".join(map(re.escape, longest_first))) if controls else None,
+        starts=frozenset(c[:i] for c in controls for i in range(1, len(c))),
+        ends=frozenset(c[i:] for c in controls for i in range(1, len(c))),
         forbidden=frozenset(c.id for c in controls.values()) - {unknown},
         prefixed=prefixed,
         bare=bare,
@@ -134,17 +139,11 @@ def encode_text(coder: Coder, text: str, prefix: bool = False) -> Coded:
     return out
 
 
-def find_controls(coder: Coder, text: str, contents: Sequence[tuple[int, int]]) -> list[Found]:
-    """Return the control tokens wholly outside ``contents`` (spans that came from data), in order."""
+def find_controls(coder: Coder, text: str) -> list[Found]:
+    """Return the control tokens that a text spells, in order."""
     if coder.pattern is None:
         return []
-    found: list[Found] = []
-    at = 0
-    for low, high in [*sorted(contents), (len(text), len(text))]:
-        matches = coder.pattern.finditer(text, at, low)
-        found.extend(Found(*m.span(), coder.controls[m.group()].id) for m in matches)
-        at = high
-    return found
+    return [Found(*m.span(), coder.controls[m.group()].id) for m in coder.pattern.finditer(text)]
 
 
 def encode_controlled(coder: Coder, text: str, controls: Sequence[Found], cuts: Sequence[int], begin: int = 0) -> Coded:
