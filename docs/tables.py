@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from posttrain.data.formats import FORMATS
+from posttrain.losses import preference
 from posttrain.losses.policy import policy_losses
 from posttrain.registry import RECIPES
 
@@ -23,7 +24,9 @@ def first_line(item: object) -> str:
 def tables() -> str:
     """Markdown of both tables."""
     methods = [
-        f"| `{name}` | {policy_losses.kind} | {first_line(policy_losses[name])} |" for name in sorted(policy_losses)
+        f"| `{name}` | {losses.kind} | {first_line(losses[name])} |"
+        for losses in (policy_losses, preference)
+        for name in sorted(losses)
     ]
     systems = [f"| `{name}` | {first_line(RECIPES[name])} |" for name in sorted(RECIPES)]
     head = ["| method | kind | what it is |", "|---|---|---|"]

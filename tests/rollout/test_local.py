@@ -13,7 +13,7 @@ from posttrain.forest import Branch, Row, build_forest
 from posttrain.models.policy import Model, forward_stats, hidden_states
 from posttrain.ops.token_stats import logits_of
 from posttrain.rollout.engine import Request, Sampling, uniforms
-from posttrain.rollout.local import LocalEngine, sampled_distribution
+from posttrain.rollout.local import LocalEngine, sampled_logits
 from tiny import VOCAB, ours, plain_net
 
 STOPS = frozenset({2, 11, 23, 47, 48, 71})
@@ -124,7 +124,7 @@ def test_cut_distributions_are_normalised_over_their_support(llama, cut):
     sampling = Sampling(max_new_tokens=1, temperature=0.8, **cut)
     with torch.no_grad():
         states = hidden_states(llama, forest)[forest.source]
-        logp = sampled_distribution(states, llama.head, sampling)
+        logp = sampled_logits(states, llama.head, sampling).log_softmax(1)
         full = logits_of(states, llama.head).div(0.8).softmax(1)
     for row, p in zip(logp, full, strict=True):
         ranked = p.sort(descending=True).values[: cut.get("top_k", VOCAB)]

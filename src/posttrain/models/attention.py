@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from posttrain.forest import Forest, Tree
 
 NAME = "posttrain"
+_SHORT = 256  # keys a row up to which scores are written out in half precision
 
 
 def attend(
@@ -28,6 +29,9 @@ def attend(
 
     Grouped queries are expanded; ``softcap`` bounds scores by ``c tanh(s / c)`` before the mask (Gemma 2).
     """
+    half = query.dtype in (torch.bfloat16, torch.float16) and query.device.type == "cpu"
+    if half and softcap is None and query.shape[2] > 1 and key.shape[2] <= _SHORT:
+        return _short(query, key, value, mask, scaling)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -38,6 +42,26 @@ def attend(
         mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril()
     working = torch.promote_types(scores.dtype, torch.float32)
     return scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=working).to(value.dtype) @ value
+
+
+def _short(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """The same with the scores written out in fp32.
+
+    Over short rows of half-precision numbers the processor's fused kernel, its backward pass above all, takes several
+    times as long; grouped queries stand as rows of one product, so that keys are not copied for each.
+    """
+    rows, heads, length, width = query.shape
+    kv_heads, keys = key.shape[1], key.shape[2]
+    groups = heads // kv_heads
+    wide_q = (query.float() * scaling).reshape(rows * kv_heads, groups * length, width)
+    wide_k = key.float().reshape(rows * kv_heads, keys, width)
+    wide_v = value.float().reshape(rows * kv_heads, keys, value.shape[3])
+    if mask is None:
+        mask = torch.ones(length, keys, dtype=torch.bool, device=query.device).tril()[None, None]
+    scores = (wide_q @ wide_k.transpose(1, 2)).view(rows, kv_heads, groups, length, keys)
+    share = scores.masked_fill_(~mask[:, :, None], float("-inf")).softmax(-1)
+    out = share.view(rows * kv_heads, groups * length, keys) @ wide_v
+    return out.view(rows, heads, length, value.shape[3]).to(query.dtype)
 
 
 class TreeLayout:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import shutil
+from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,11 @@ from posttrain.models.small import small_path
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_LABEL = "SmolLM2-135M-Instruct, dequantised Q4_1"
+MODEL_FILES = (
+    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template*",
+)  # fmt: skip
+"""Names of the files of a model directory that decide its numbers."""
 
 
 @dataclass(frozen=True)
@@ -107,9 +114,10 @@ def _convert_gguf(gguf: Path, target: Path) -> Path:
     partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     hf_logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    net = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-    )
+    with redirect_stderr(io.StringIO()):  # transformers draws a bar of its own there, which no setting turns off
+        net = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        )
     net.config._name_or_path = SMOLLM2_HUB
     net.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
@@ -129,6 +137,22 @@ def _hub_cached(name: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
     return isinstance(try_to_load_from_cache(name, "config.json"), str)
+
+
+def model_files(path: str) -> list[Path]:
+    """Files of a model directory or hub name that decide its numbers: weights, configuration, tokenizer, chat template.
+
+    Others, such as a stage's own records, may change while the model stays. Empty for a hub name not downloaded yet.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        config = try_to_load_from_cache(path, "config.json")
+        if not isinstance(config, str):
+            return []
+        directory = Path(config).parent
+    return sorted(item for pattern in MODEL_FILES for item in directory.glob(pattern))
 
 
 def load_tokenizer(path: str) -> Any:
@@ -246,6 +270,8 @@ def save_merged(model: Model, base: str, directory: Path, tokenizer: Any) -> Non
         generation = load_generation_config(base)
         if generation is not None:
             net.generation_config = generation
+    for stray in directory.glob(".tmp*"):  # half a file, of a process that was killed while it wrote here
+        stray.unlink()
     net.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
@@ -254,7 +280,7 @@ def _reward_tokenizer(net: PreTrainedModel, tokenizer: Any) -> Any:
     """A tokenizer with which plain transformers scores at the same token as we do.
 
     ``ForSequenceClassification`` reads the last token that is not padding, so padding must differ from the stop token;
-    and the score is read at the stop token, so the template must not end in the newline many put after it.
+    and the score is read at the stop token, so the template must not write what many put after it (a newline, EOS).
     """
     import copy
 
@@ -267,9 +293,19 @@ def _reward_tokenizer(net: PreTrainedModel, tokenizer: Any) -> Any:
             raise ModelError("the tokenizer has no special token to pad with besides its stop token; add one")
         tokenizer.pad_token = others[0]
     net.config.pad_token_id = tokenizer.pad_token_id
-    if tokenizer.chat_template:
-        tokenizer.chat_template = "{%- set text -%}" + tokenizer.chat_template + "{%- endset -%}{{- text | trim -}}"
+    if tokenizer.chat_template and (tail := _after_the_stop_token(tokenizer)):
+        ending = "{{- text if add_generation_prompt else text.removesuffix(" + json.dumps(tail) + ") -}}"
+        tokenizer.chat_template = "{%- set text -%}" + tokenizer.chat_template + "{%- endset -%}" + ending
     return tokenizer
+
+
+def _after_the_stop_token(tokenizer: Any) -> str:
+    """What the template writes after the token that ends a conversation's last answer."""
+    talk = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Zq-answer-qZ"}]
+    tail = tokenizer.apply_chat_template(talk, tokenize=False).rpartition("Zq-answer-qZ")[2]
+    added = (t.content for t in tokenizer.added_tokens_decoder.values() if not t.content.isspace())
+    ends = [(tail.index(t), -len(t), tail.index(t) + len(t)) for t in added if t in tail]
+    return tail[min(ends)[2] :] if ends else ""
 
 
 def write_label(directory: Path, found: Found) -> None:

@@ -74,13 +74,38 @@ def parameters(net: nn.Module, name: str) -> dict[str, nn.Parameter]:
 
 
 def deltas(net: nn.Module, name: str) -> dict[str, Tensor]:
-    """``(alpha / rank) B A`` in fp32 of each adapted weight, keyed by the plain model's parameter name."""
-    found = layers(net)
-    return {
-        f"{path}.weight": (layer.lora_B[name].weight.float() @ layer.lora_A[name].weight.float()) * layer.scaling[name]
-        for path, layer in found.items()
-        if name in layer.lora_A
-    }
+    """``(alpha / rank) B A`` of each adapted weight, in fp32 at least, keyed by the plain model's parameter name."""
+    out: dict[str, Tensor] = {}
+    for path, layer in layers(net).items():
+        if name in layer.lora_A:
+            a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+            wide = torch.promote_types(a.dtype, torch.float32)
+            out[f"{path}.weight"] = (b.to(wide) @ a.to(wide)) * layer.scaling[name]
+    return out
+
+
+@contextmanager
+def merged(net: nn.Module, name: str | None) -> Iterator[None]:
+    """Run with the adapter added to the weights themselves, without gradient; afterwards they are the bits they were.
+
+    Decoding feeds few tokens a step, so that an adapter's small products cost more than the layer's own.
+    """
+    if name is None or not any(name in layer.lora_A for layer in layers(net).values()):
+        with active(net, name):
+            yield
+        return
+    found = {path: layer for path, layer in layers(net).items() if name in layer.lora_A}
+    kept = {path: layer.get_base_layer().weight.detach().clone() for path, layer in found.items()}
+    try:
+        with torch.no_grad(), active(net, None):
+            for path, delta in deltas(net, name).items():
+                weight = found[path.removesuffix(".weight")].get_base_layer().weight
+                weight.copy_(weight.to(delta.dtype) + delta)
+            yield
+    finally:
+        with torch.no_grad():
+            for path, layer in found.items():
+                layer.get_base_layer().weight.copy_(kept[path])
 
 
 def save_adapter(net: nn.Module, name: str, directory: Path, base: str, lora: Lora) -> None:

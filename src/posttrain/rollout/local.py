@@ -19,6 +19,8 @@ from posttrain.models.policy import Model
 from posttrain.ops.token_stats import logits_of
 from posttrain.rollout.engine import Request, Rollout, Sampling, uniforms
 
+_BLOCK = 256  # entries of the vocabulary whose mass is summed before any is looked at
+
 
 @dataclass
 class _Slot:
@@ -68,7 +70,7 @@ class LocalEngine:
         if not requests:
             return []
         order = sorted(range(len(requests)), key=lambda i: (requests[i].ids, i))
-        with torch.no_grad(), adapters.active(self.model.net, self.model.adapter):
+        with torch.no_grad(), adapters.merged(self.model.net, self.model.adapter):
             return _Decoder(self, requests, sampling, deque(order), on_done).run()
 
 
@@ -158,17 +160,10 @@ class _Decoder:
 
     def _sample(self, states: Tensor, slots: list[_Slot]) -> None:
         """Append one token to each slot, drawn by inverting the cumulative distribution at the slot's own uniform."""
-        logp = sampled_distribution(states, self.head, self.sampling)
-        if self.sampling.temperature == 0:
-            tokens = logp.argmax(1)
-        else:
-            draw = torch.tensor([slot.draws[len(slot.ids)] for slot in slots], dtype=torch.float64, device=self.device)
-            mass = logp.double().exp().cumsum(1)
-            tokens = torch.searchsorted(mass, (draw * mass[:, -1])[:, None], right=True)[:, 0].clamp(
-                max=logp.shape[1] - 1
-            )
-        chosen = logp.gather(1, tokens[:, None])[:, 0].tolist()
-        for slot, token, value in zip(slots, tokens.tolist(), chosen, strict=True):
+        logits = sampled_logits(states, self.head, self.sampling)
+        draw = torch.tensor([slot.draws[len(slot.ids)] for slot in slots], dtype=torch.float64, device=self.device)
+        tokens, logp = invert(logits, draw)
+        for slot, token, value in zip(slots, tokens.tolist(), logp.tolist(), strict=True):
             slot.ids.append(token)
             slot.logp.append(value)
 
@@ -193,16 +188,37 @@ class _Decoder:
                 self.on_done(len(self.done))
 
 
-def sampled_distribution(states: Tensor, head: Any, sampling: Sampling) -> Tensor:
-    """Log-probabilities ``[S, V]`` of the distribution that is sampled, -inf outside the top-k and top-p support.
+def invert(logits: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens ``[S]`` at which the cumulative distribution of ``softmax(logits)`` ``[S, V]`` passes ``draw`` ``[S]`` in [0, 1).
+
+    Also their log-probabilities ``[S]``, in nats. The mass is summed in float64 block by block, so that only the block a
+    draw falls into is looked at token by token: one exponential an entry, and no cumulative sum over the vocabulary.
+    """
+    top = logits.amax(1, keepdim=True)
+    mass = torch.nn.functional.pad((logits - top).exp_(), (0, -logits.shape[1] % _BLOCK)).unflatten(1, (-1, _BLOCK))
+    upto = mass.sum(2, dtype=torch.float64).cumsum(1)
+    total = upto[:, -1]
+    point = (draw * total)[:, None]
+    block = torch.searchsorted(upto, point, right=True).clamp(max=upto.shape[1] - 1)
+    before = torch.where(block > 0, upto.gather(1, (block - 1).clamp(min=0)), 0.0)
+    inside = mass[torch.arange(len(mass), device=mass.device), block[:, 0]].double()
+    within = torch.searchsorted(inside.cumsum(1), point - before, right=True)[:, 0]
+    # Sums in another order may end an ulp below the block's own mass: the last entry that has any is meant then.
+    last = (inside > 0).long().cumsum(1).argmax(1)
+    tokens = block[:, 0] * _BLOCK + torch.minimum(within, last)
+    logp = logits.gather(1, tokens[:, None])[:, 0].double() - top[:, 0].double() - total.log()
+    return tokens, logp.to(logits.dtype)
+
+
+def sampled_logits(states: Tensor, head: Any, sampling: Sampling) -> Tensor:
+    """Logits ``[S, V]`` of the distribution that is sampled, -inf outside the top-k and top-p support.
 
     At temperature 0 the likeliest token has probability 1.
     """
     if sampling.temperature == 0:
-        best = logits_of(states, head).argmax(1, keepdim=True)
-        return torch.full((len(states), head.weight.shape[0]), float("-inf"), device=states.device).scatter(
-            1, best, 0.0
-        )
+        logits = logits_of(states, head)
+        best = logits.argmax(1, keepdim=True)
+        return torch.full_like(logits, float("-inf")).scatter(1, best, 0.0)
     logits = logits_of(states, head, sampling.temperature)
     if sampling.top_k is not None and sampling.top_k < logits.shape[1]:
         floor = logits.topk(sampling.top_k, 1).values[:, -1:]
@@ -211,4 +227,4 @@ def sampled_distribution(states: Tensor, head: Any, sampling: Sampling) -> Tenso
         ranked, index = logits.softmax(1).sort(1, descending=True)
         beyond = ranked.cumsum(1) - ranked >= sampling.top_p
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, index, beyond), float("-inf"))
-    return logits.log_softmax(1)
+    return logits
