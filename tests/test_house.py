@@ -29,8 +29,8 @@ FLOORS = [
     [{"rewards"}],
     [{"train"}, {"evals"}],
     [{"stages", "work"}, {"feedback"}],
-    [{"runner", "graph", "doctor"}],
-    [{"recipes"}, {"cli", "arguments"}],
+    [{"runner", "graph", "doctor", "manifest", "run_numbers", "run_diff", "rerun", "sweep", "replay", "ranks"}],
+    [{"recipes"}, {"__main__", "cli", "cli_data", "cli_runs", "arguments"}],
 ]
 PLACE = {name: (floor, group) for floor, sets in enumerate(FLOORS) for group in sets for name in group}
 

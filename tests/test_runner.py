@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -137,7 +138,7 @@ def test_a_run_leaves_its_record_and_a_second_one_computes_nothing(tmp_path: Pat
     assert [total(run / name) for name in ("first", "second", "last")] == [4, 10, 10 + 4 + 10 + 2]
     record = json.loads((run / "run.json").read_text())
     assert record["command"] == "posttrain run chain" and record["seed"] == 1
-    assert set(record["versions"]) == {"python", "posttrain", "torch", "transformers"}
+    assert set(record["versions"]) == {"python", "posttrain", "torch", "transformers", "tokenizers", "numpy"}
     assert record["hardware"]["threads"] >= 1 and record["hardware"]["memory"] > 0.1 and record["hardware"]["cpu"]
     assert record["stages"]["last"]["inputs"] == {
         "start": "second",
@@ -206,17 +207,112 @@ def test_seconds_add_up_over_attempts(tmp_path: Path, console: Console):
     assert 100 < json.loads((tmp_path / "chain" / "second" / "done.json").read_text())["seconds"] < 110
 
 
-def test_changed_settings_clear_a_stage_and_its_readers_and_say_so_first(tmp_path: Path, console: Console):
+CHANGED = {"second": {"rate": 2.0}}
+
+
+def test_changed_settings_are_refused_with_the_difference(tmp_path: Path, console: Console):
+    run = run_recipe(chain(), root=tmp_path, console=console)
+    record = (run / "run.json").read_text()
+    with pytest.raises(ConfigError) as caught:
+        run_recipe(override(chain(), CHANGED), root=tmp_path, console=console)
+    assert str(caught.value) == (
+        f"{run} was begun under other settings (stage 'second': rate was 1.0, is 2.0; stage 'last': an input changed); "
+        "--allow-changed keeps what is there, goes on, and records the difference in run.json; --restart-changed clears "
+        "these stages and runs them again; another --name keeps both"
+    )
+    assert len(calls(run)) == 3 and (run / "run.json").read_text() == record
+    both = {"allow_changed": True, "restart_changed": True}
+    with pytest.raises(ConfigError, match="was begun under other settings"):
+        run_recipe(override(chain(), CHANGED), root=tmp_path, console=console, **both)
+    run_recipe(chain(), root=tmp_path, console=console)  # as it was: nothing to ask
+    assert len(calls(run)) == 3
+
+
+def test_changed_stages_and_their_readers_can_be_restarted(tmp_path: Path, console: Console):
     run = run_recipe(chain(), root=tmp_path, console=console)
     (run / "second" / "old.txt").touch()
     console.file = io.StringIO()
-    run_recipe(override(chain(), {"second": {"rate": 2.0}}), root=tmp_path, console=console)
+    run_recipe(override(chain(), CHANGED), root=tmp_path, console=console, restart_changed=True)
     lines = text(console).splitlines()
     assert "second will be cleared and run again: rate was 1.0, is 2.0" in lines[0]
     assert "last will be cleared and run again: an input changed" in lines[1]
     assert "first: finished earlier" in lines[2]
     assert calls(run)[3:] == ["second from 0", "last from 0"]
     assert not (run / "second" / "old.txt").exists() and not list(run.glob(".cleared-*"))
+
+
+def test_changed_settings_can_be_allowed_and_are_recorded(tmp_path: Path, console: Console):
+    """A finished stage is kept, an unfinished one goes on with the new settings; nobody is asked again."""
+    with pytest.raises(Stopped):
+        run_recipe(chain(fault="ctrl-c"), root=tmp_path, console=console)
+    run, changes = tmp_path / "chain", {"first": {"rate": 5.0}, "second": {"rate": 2.0}}
+    run_recipe(override(chain(fault="ctrl-c"), changes), root=tmp_path, console=console, allow_changed=True)
+    assert calls(run) == ["first from 0", "second from 0", "second from 1", "last from 0"]
+    assert [total(run / name) for name in ("first", "second")] == [2, 2 + 1 + 2 * 2]
+    assert json.loads((run / "run.json").read_text())["attempts"][-1]["allowed"] == {
+        "first": "rate was 1.0, is 5.0",
+        "second": "rate was 1.0, is 2.0; an input changed",
+    }
+    assert f"{run / 'first'}: kept although rate was 1.0, is 5.0" in text(console)
+    run_recipe(override(chain(fault="ctrl-c"), changes), root=tmp_path, console=console)
+    assert len(calls(run)) == 4 and "allowed" not in json.loads((run / "run.json").read_text())["attempts"][-1]
+
+
+def test_other_library_versions_are_refused_for_an_unfinished_stage_only(tmp_path: Path, console: Console):
+    with pytest.raises(Stopped):
+        run_recipe(chain(fault="ctrl-c"), root=tmp_path, console=console)
+    run = tmp_path / "chain"
+    for name in ("first", "second"):
+        described = json.loads((run / name / "stage.json").read_text())
+        present = described["versions"]["torch"]
+        write_json(run / name / "stage.json", described | {"versions": described["versions"] | {"torch": "1.0"}})
+    with pytest.raises(ConfigError, match=rf"\(stage 'second': torch was '1.0', is '{re.escape(present)}'\)"):
+        run_recipe(chain(fault="ctrl-c"), root=tmp_path, console=console)
+    run_recipe(chain(fault="ctrl-c"), root=tmp_path, console=console, allow_changed=True)
+    assert calls(run)[2:] == ["second from 1", "last from 0"]
+
+
+def test_a_changed_data_file_is_named_with_both_hashes(tmp_path: Path, console: Console):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("1\n")
+    run_recipe(chain(data_file=str(file)), root=tmp_path, console=console)
+    file.write_text("2\n")
+    with pytest.raises(ConfigError, match=r"stage 'first': file rows.jsonl was '\w{16}', is '\w{16}'; stage 'second'"):
+        run_recipe(chain(data_file=str(file)), root=tmp_path, console=console)
+
+
+def test_a_resume_that_would_begin_or_do_nothing_is_refused(tmp_path: Path, console: Console):
+    with pytest.raises(ConfigError) as caught:
+        run_recipe(chain(), root=tmp_path, console=console, resume=True)
+    assert str(caught.value) == f"there is no run in {tmp_path / 'chain'} to resume; leave --resume out to begin one"
+    assert not (tmp_path / "chain").exists()
+    with pytest.raises(Stopped):
+        run_recipe(chain(fault="ctrl-c"), root=tmp_path, console=console)
+    run_recipe(chain(fault="ctrl-c"), root=tmp_path, console=console, resume=True)
+    with pytest.raises(ConfigError) as caught:
+        run_recipe(chain(fault="ctrl-c"), root=tmp_path, console=console, resume=True)
+    assert str(caught.value) == (
+        f"every stage of {tmp_path / 'chain'} is finished; --resume has nothing to do; leave it out"
+    )
+    run_recipe(chain(fault="ctrl-c"), root=tmp_path, console=console)
+    assert text(console).endswith(f"every stage of {tmp_path / 'chain'} was finished before; nothing was computed\n")
+
+
+def test_memory_knobs_are_no_change():
+    from posttrain.stages import SFT
+
+    one = keys(Recipe("r", {"a": SFT(model="small-base", data="smallworld")}))
+    two = keys(Recipe("r", {"a": SFT(model="small-base", data="smallworld", max_tokens=77, save_every=3, keep=5)}))
+    assert one == two
+
+
+def test_a_disk_that_is_known_to_be_too_small_is_said_in_numbers():
+    error = OSError(28, "the checkpoint of step 4 needs 9.5 MB, 1.2 MB are free", "runs/x")
+    assert stop_cause(error) == (
+        "the disk is full (the checkpoint of step 4 needs 9.5 MB, 1.2 MB are free; free some space)",
+        1,
+    )
+    assert stop_cause(OSError(28, os.strerror(28))) == ("the disk is full (free some space)", 1)
 
 
 def test_a_lost_output_is_made_again(tmp_path: Path, console: Console):

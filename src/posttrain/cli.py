@@ -1,6 +1,7 @@
 """The ``posttrain`` command: each command is a function over public ones; a fault of usage is one line.
 
-Exit status: 0 done, 1 disk full or out of memory, 2 bad name or value, 130 Ctrl-C, 143 SIGTERM.
+Exit status: 0 done, 1 disk full, out of memory, runs that differ or a failed run of a sweep, 2 bad name or value,
+130 Ctrl-C, 143 SIGTERM.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import posttrain
 from posttrain.arguments import convert, flag, flags, keyword_options, split, type_name
-from posttrain.errors import ConfigError, PosttrainError, suggest
+from posttrain.cli_data import dispatch as dispatch_data
+from posttrain.cli_runs import diff, gather, replay, rerun, sweep
+from posttrain.errors import ConfigError, PosttrainError, printable, suggest
 from posttrain.machine import keep_freed_memory, yield_between_kernels
-from posttrain.registry import RECIPES
+from posttrain.registry import METHODS, RECIPES
 
 if TYPE_CHECKING:
     from posttrain.stages import Recipe, Stage
@@ -40,6 +43,9 @@ def run(
     until: str | None = None,
     dry_run: bool = False,
     tiny: bool = False,
+    resume: bool = False,
+    allow_changed: bool = False,
+    restart_changed: bool = False,
     **more: str | None,
 ) -> None:
     """Run a recipe, or go on with a run that was cut off; finished stages are skipped.
@@ -49,6 +55,9 @@ def run(
     --until STAGE       stop after this stage
     --dry-run           print the stages with forecasts of time and memory; compute nothing
     --tiny              run every stage at the size of the small world
+    --resume            only go on with a run: an error if there is none, or if all of it is finished
+    --allow-changed     go on although settings, data or library versions changed; run.json records the difference
+    --restart-changed   clear the stages whose settings changed, and what reads them, and run them again
     --STAGE.FIELD V     change a field of a stage, e.g. --sft.epochs 2; `run RECIPE --help` lists them
     """
     from rich.console import Console
@@ -63,10 +72,50 @@ def run(
 
     again = command_line()
     directory = runner.run_recipe(
-        chosen, root=RUNS, name=name, until=until, console=console, seed=seed, tiny=tiny, command=again
+        chosen,
+        root=RUNS,
+        name=name,
+        until=until,
+        console=console,
+        seed=seed,
+        tiny=tiny,
+        command=again,
+        resume=resume,
+        allow_changed=allow_changed,
+        restart_changed=restart_changed,
     )
     write_report(directory)
     show_run(directory, console)
+
+
+def train(
+    method: str,
+    /,
+    *,
+    name: str | None = None,
+    seed: int = 0,
+    dry_run: bool = False,
+    tiny: bool = False,
+    resume: bool = False,
+    allow_changed: bool = False,
+    restart_changed: bool = False,
+    **more: str | None,
+) -> None:
+    """Train with one method: sft, reward, dpo or ppo.
+
+    --name NAME         name of the run, a directory under runs/ (default: train-METHOD)
+    --seed N            seed of every random draw (default: 0)
+    --dry-run           print a forecast of time and memory; compute nothing
+    --tiny              train at the size of the small world
+    --resume, --allow-changed, --restart-changed   as for `posttrain run`
+    --FIELD V           change a field of the stage, e.g. --data pairs.jsonl; `train METHOD --help` lists them
+    """
+    recipe = method_recipe(method)
+    options = recipe_options(recipe)
+    fields = {key if key in options or "." in key else f"{method}.{key}": value for key, value in more.items()}
+    going_on = {"resume": resume, "allow_changed": allow_changed, "restart_changed": restart_changed}
+    options: dict[str, Any] = {**going_on, **fields}
+    run(recipe, name=name, seed=seed, dry_run=dry_run, tiny=tiny, **options)
 
 
 def show(run: str, /) -> None:
@@ -116,10 +165,16 @@ def list_recipes() -> None:
         print(f"{name:<{width}}  {about}")
 
 
-COMMANDS: dict[str, Callable[..., None]] = {
+COMMANDS: dict[str, Callable[..., int | None]] = {
     "run": run,
+    "train": train,
     "show": show,
+    "diff": diff,
+    "replay": replay,
+    "rerun": rerun,
+    "sweep": sweep,
     "chat": chat,
+    "data": dispatch_data,
     "doctor": doctor,
     "list": list_recipes,
 }
@@ -130,29 +185,31 @@ def main(argv: list[str] | None = None) -> int:
     yield_between_kernels()
     keep_freed_memory()
     try:
-        dispatch(sys.argv[1:] if argv is None else argv)
+        return dispatch(sys.argv[1:] if argv is None else argv)
     except PosttrainError as error:
-        print(f"posttrain: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"posttrain: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("posttrain: stopped by Ctrl-C", file=sys.stderr)
         return 130
-    return 0
 
 
-def dispatch(args: list[str]) -> None:
-    """Find the command in the arguments and call it."""
+def dispatch(args: list[str]) -> int:
+    """Find the command in the arguments, call it and return the exit status."""
     if not args or args[0] in ("-h", "--help", "help"):
         print(overview())
     elif args[0] == "--version":
         print(f"posttrain {posttrain.__version__}")
+    elif args[0] == "data":
+        return dispatch_data(args[1:])
     elif args[0] not in COMMANDS:
         kind = "option" if args[0].startswith("-") else "command"
         raise ConfigError(f"unknown {kind} '{args[0]}'; {suggest(args[0], [*COMMANDS, '--help', '--version'])}")
     elif "-h" in args or "--help" in args:
         print(usage(args[0], [arg for arg in args[1:] if arg not in ("-h", "--help")]))
     else:
-        call(args[0], args[1:])
+        return call(args[0], gather(args[1:]) if args[0] == "sweep" else args[1:])
+    return 0
 
 
 # ---------------------------------------------------------------------------- recipes
@@ -184,6 +241,12 @@ def build_recipe(name: str, more: Mapping[str, str | None]) -> Recipe:
             hint = f"did you mean '--{owners[0]}.{key}'?" if owners else suggest(flag(key), known)
             raise ConfigError(f"unknown option '{flag(key)}' of recipe '{name}'; {hint}")
     return override(recipe, changes)
+
+
+def method_recipe(method: str) -> str:
+    """Return the import string of a method's recipe; an unknown method is an error with a suggestion."""
+    function = METHODS[method]
+    return f"{function.__module__}:{function.__qualname__}"
 
 
 def recipe_options(name: str) -> dict[str, inspect.Parameter]:
@@ -229,8 +292,8 @@ def command_line() -> str:
 # ---------------------------------------------------------------------------- arguments
 
 
-def call(command: str, args: list[str]) -> None:
-    """Call a command: its positional arguments, its options, and others if it takes any."""
+def call(command: str, args: list[str]) -> int:
+    """Call a command: its positional arguments, its options, and others if it takes any; return the exit status."""
     function = COMMANDS[command]
     parameters = inspect.signature(function, eval_str=True).parameters
     wanted = [key for key, item in parameters.items() if item.kind is item.POSITIONAL_ONLY]
@@ -243,14 +306,16 @@ def call(command: str, args: list[str]) -> None:
         raise ConfigError(f"unknown option '{flag(unknown[0])}' of `posttrain {command}`; {hint}")
     if len(positional) < len(wanted):
         missing = wanted[len(positional)]
-        known = f"; {suggest('', RECIPES)}" if missing == "recipe" else ""
-        raise ConfigError(f"`posttrain {command}` needs a {missing}: posttrain {command} {missing.upper()}{known}")
+        named = {"recipe": RECIPES, "method": METHODS}.get(missing)
+        known = f"; {suggest('', named)}" if named else ""
+        line = " ".join(["posttrain", command, *(key.upper().replace("_", "-") for key in wanted)])
+        raise ConfigError(f"`posttrain {command}` needs a {missing.replace('_', ' ')}: {line}{known}")
     if len(positional) > len(wanted):
         raise ConfigError(
             f"unexpected '{positional[len(wanted)]}'; options start with --, see posttrain {command} --help"
         )
     typed = {key: convert(given[key], options[key].annotation, key) for key in given if key in options}
-    function(*positional, **typed, **{key: given[key] for key in unknown})
+    return function(*positional, **typed, **{key: given[key] for key in unknown}) or 0
 
 
 # ---------------------------------------------------------------------------- help
@@ -264,24 +329,29 @@ def overview() -> str:
 
 
 def usage(command: str, args: list[str]) -> str:
-    """Return the help of one command; of ``run RECIPE`` also the recipe's options and its stages' fields."""
+    """Return the help of one command; of ``run RECIPE`` and ``train METHOD`` also the options and the stages' fields."""
     function = COMMANDS[command]
     positional, _ = split(args, flags(function))
     parameters = inspect.signature(function).parameters
-    names = [key.upper() for key, item in parameters.items() if item.kind is item.POSITIONAL_ONLY]
+    names = [key.upper().replace("_", "-") for key, item in parameters.items() if item.kind is item.POSITIONAL_ONLY]
     lines = [" ".join(["usage: posttrain", command, *names, "[OPTIONS]"]), "", inspect.getdoc(function) or ""]
-    if command == "run" and positional:
-        options = recipe_options(positional[0])
-        lines += ["", f"options of {positional[0]}:"]
-        lines += [f"  {flag(key)} {type_name(item.annotation)} (now {item.default!r})" for key, item in options.items()]
-        needed = any(item.default is item.empty for item in options.values())
-        stages = {} if needed else build_recipe(positional[0], {}).stages
-        lines += [line for name in stages for line in stage_usage(name, stages)]
+    if command in ("run", "train", "sweep") and positional:
+        recipe = method_recipe(positional[0]) if command == "train" else positional[0]
+        options = recipe_options(recipe)
+        lines += ["", f"options of {positional[0]}:"] if options else []
+        lines += [f"  {flag(key)} {type_name(item.annotation)} ({_default(item)})" for key, item in options.items()]
+        needed = {key: "..." for key, item in options.items() if item.default is item.empty}
+        stages = build_recipe(recipe, needed).stages
+        lines += [line for name in stages for line in stage_usage(name, stages, short=command == "train")]
     return "\n".join(lines)
 
 
-def stage_usage(name: str, stages: Mapping[str, Stage]) -> list[str]:
-    """Return the lines of help on one stage: its inputs, and an option for each other field."""
+def _default(option: inspect.Parameter) -> str:
+    return "needed" if option.default is option.empty else f"now {option.default!r}"
+
+
+def stage_usage(name: str, stages: Mapping[str, Stage], *, short: bool = False) -> list[str]:
+    """Return the lines of help on one stage: its inputs, and an option for each other field, ``short`` without the stage's name."""
     from posttrain.graph import stage_inputs
 
     stage = stages[name]
@@ -293,7 +363,8 @@ def stage_usage(name: str, stages: Mapping[str, Stage]) -> list[str]:
     for field in dataclasses.fields(stage):
         if field.name not in taken:
             now = getattr(stage, field.name)
-            lines.append(f"  --{name}.{field.name} {type_name(hints[field.name])} (now {now!r})")
+            option = flag(field.name) if short else f"--{name}.{field.name}"
+            lines.append(f"  {option} {type_name(hints[field.name])} (now {now!r})")
     return lines
 
 

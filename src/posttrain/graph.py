@@ -6,15 +6,18 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from posttrain import __version__
+from posttrain import __version__, doctor
 from posttrain.errors import ConfigError, suggest
 from posttrain.stages import Recipe, Stage
 from posttrain.types import stable_hash
+
+LIBRARIES = ["torch", "transformers", "tokenizers", "numpy"]
+"""Libraries whose version can change a number."""
 
 
 def stage_inputs(stage: Stage) -> dict[str, Stage]:
@@ -153,7 +156,8 @@ def describe(stages: Mapping[str, Stage], *, seed: int, tiny: bool) -> dict[str,
     """Return each stage's ``stage.json``, for stages in run order.
 
     ``key`` hashes all that decides the result: class, fields, keys of inputs, data files (name and contents,
-    not place), seed, size and version. ``inputs`` are the names of the inputs, for readers.
+    not place), seed, size and version; fields of ``KNOBS``, which can't change a result, are left out. ``inputs`` are the
+    names of the inputs, for readers; ``versions`` are those of libraries, which matter only while a stage is unfinished.
     """
     names = {id(stage): name for name, stage in stages.items()}
     found: dict[str, dict[str, Any]] = {}
@@ -163,12 +167,18 @@ def describe(stages: Mapping[str, Stage], *, seed: int, tiny: bool) -> dict[str,
             "class": type(stage).__name__,
             "config": stage_config(stage),
             "input_keys": {field: found[other]["key"] for field, other in inputs.items()},
-            "files": [[path.name, content_hash(path)] for path in getattr(stage, "files", list)()],
+            "files": [[path.name, content_hash(path)] for path in getattr(stage.sized(tiny), "files", list)()],
             "seed": seed,
             "tiny": tiny,
             "version": __version__,
         }
-        found[name] = {"key": stable_hash(identity), "inputs": inputs} | identity
+        decisive = {key: value for key, value in identity["config"].items() if key not in stage.KNOBS}
+        found[name] = {
+            "key": stable_hash(identity | {"config": decisive}),
+            "inputs": inputs,
+            **identity,
+            "versions": doctor.versions(LIBRARIES),
+        }
     return found
 
 
@@ -185,7 +195,10 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 class Decision(NamedTuple):
-    """What happens to a stage, ``start``, ``continue``, ``skip`` or ``clear`` (then start), and why."""
+    """What happens to a stage, ``start``, ``continue``, ``skip``, ``clear`` (then start) or ``changed``, and why.
+
+    ``changed``: it was begun under other settings, and a person must say what is to become of it.
+    """
 
     what: str
     why: str = ""
@@ -202,29 +215,70 @@ def decide(directory: Path, described: Mapping[str, Any]) -> Decision:
             raise ConfigError(f"{problem}; move it away or choose another --name")
         return Decision("start")
     if old.get("key") != described["key"]:
-        return Decision("clear", _changes(old, described))
+        return Decision("changed", _changes(old, described) or "its key was made by another version of posttrain")
     if done is None:
-        return Decision("continue")
+        libraries = _differences(old.get("versions", {}), described["versions"])
+        return Decision("changed", "; ".join(libraries)) if libraries else Decision("continue")
     if done.get("key") != described["key"]:
-        return Decision("clear", "its done.json belongs to other settings")
-    lost = [name for name in done["outputs"] if not (directory / name).exists()]
-    if lost:
-        return Decision("clear", f"its output {lost[0]} is gone")
+        return Decision("changed", "its done.json belongs to other settings")
+    if lost := _lost(directory, done):
+        return Decision("clear", f"its output {lost} is gone")
     return Decision("skip", f"{done['seconds']:.0f} s")
+
+
+def settle(
+    directory: Path, decisions: Mapping[str, Decision], *, allow_changed: bool, restart_changed: bool
+) -> dict[str, Decision]:
+    """Decide what becomes of changed stages: gone on with, or skipped if finished; cleared and run again; refused.
+
+    Raises:
+        ConfigError: a stage changed and neither was asked for; the message shows what differs.
+    """
+    changed = {stage: why for stage, (what, why) in decisions.items() if what == "changed"}
+    if changed and allow_changed == restart_changed:
+        shown = "; ".join(f"stage '{stage}': {why}" for stage, why in changed.items())
+        raise ConfigError(
+            f"{directory} was begun under other settings ({shown}); --allow-changed keeps what is there, goes on, and records "
+            "the difference in run.json; --restart-changed clears these stages and runs them again; another --name keeps both"
+        )
+    out = dict(decisions)
+    for stage, why in changed.items():
+        done = read_json(directory / stage / "done.json")
+        if restart_changed:
+            out[stage] = Decision("clear", why)
+        elif done is None:
+            out[stage] = Decision("continue", why)
+        elif lost := _lost(directory / stage, done):
+            out[stage] = Decision("clear", f"its output {lost} is gone")
+        else:
+            out[stage] = Decision("skip", f"{done['seconds']:.0f} s")
+    return out
+
+
+def _lost(directory: Path, done: Mapping[str, Any]) -> str | None:
+    """An output that a finished stage no longer has."""
+    return next((name for name in done["outputs"] if not (directory / name).exists()), None)
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Each field of two mappings whose values differ, with both."""
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return [f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in names]
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """Name what differs between two descriptions of a stage, the fields with both values."""
-    before, after = old.get("config", {}), new["config"]
-    names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
-    found = [f"{name} was {before.get(name)!r}, is {after.get(name)!r}" for name in names]
-    found += [
-        f"{name} was {old.get(name)!r}, is {new[name]!r}"
-        for name in ("class", "seed", "tiny", "version")
-        if old.get(name) != new[name]
-    ]
+    found = _differences(old.get("config", {}), new["config"])
+    names = ("class", "seed", "tiny", "version")
+    found += _differences({n: old.get(n) for n in names}, {n: new[n] for n in names})
     if old.get("files") != new["files"]:
-        found.append("a data file changed")
+        found += _files(old.get("files") or [], new["files"])
     if old.get("input_keys") != new["input_keys"]:
         found.append("an input changed")
     return "; ".join(found)
+
+
+def _files(old: Sequence[Sequence[str]], new: Sequence[Sequence[str]]) -> list[str]:
+    """Name the files that differ, with the hashes of both."""
+    before, after = ({name: digest for name, digest in files} for files in (old, new))  # noqa: C416
+    return [f"file {text}" for text in _differences(before, after)] or ["a data file changed"]

@@ -6,7 +6,11 @@ import ctypes
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
+
+CUBLAS_WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+"""The variable with which cuBLAS sums in one order, and the value set where the user chose none."""
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD, _TOP_PAD = -3, -1, -2  # names of glibc's mallopt
 
@@ -38,6 +42,19 @@ def yield_between_kernels() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+def deterministic_kernels() -> None:
+    """Let torch choose kernels whose sums have one order; on a GPU it warns where an operation has none.
+
+    cuBLAS reads its variable when it starts, so that this must be called before the first product on a GPU.
+    """
+    os.environ.setdefault(*CUBLAS_WORKSPACE)
+    import torch
+
+    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+    settings: Any = torch.utils.deterministic
+    settings.fill_uninitialized_memory = False  # every tensor made empty here is written before it is read
+
+
 def matmul_speed(kind: str = "fp32", *, seconds: float = 0.3, size: int = 1024) -> float:
     """Measure square matrix products on the CPU: 2 size^3 operations each, in GFLOP/s.
 
@@ -62,3 +79,12 @@ def matmul_speed(kind: str = "fp32", *, seconds: float = 0.3, size: int = 1024) 
         spent = time.perf_counter() - begin
         if spent >= seconds:
             return 2 * size**3 * count / spent / 1e9
+
+
+def free_memory() -> float | None:
+    """Bytes that a process may still take without swapping; None where the system does not say."""
+    try:
+        rows = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * float(row.split()[1]) for row in rows if row.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None

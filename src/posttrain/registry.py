@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 from posttrain.errors import ConfigError, suggest
@@ -22,17 +25,40 @@ class Registry(Mapping[str, Any]):
     def __init__(self, kind: str, lazy: dict[str, str] | None = None) -> None:
         self.kind = kind
         self._items: dict[str, Any] = dict(lazy or {})
+        self._facts: dict[str, Mapping[str, Any]] = {}
 
-    def register(self, name: str) -> Callable[[T], T]:
-        """Return a decorator that adds a function under ``name``; a second registration of a name is an error."""
+    def register(self, name: str, **facts: Any) -> Callable[[T], T]:
+        """Return a decorator that adds a function under ``name``, with facts about it; a name registered twice is an error."""
 
         def add(item: T) -> T:
             if name in self._items:
                 raise ConfigError(f"{self.kind} '{name}' is registered twice; give the second one another name")
             self._items[name] = item
+            self._facts[name] = facts
             return item
 
         return add
+
+    def facts(self, item: str | Callable[..., Any]) -> Mapping[str, Any]:
+        """What was stated of a name or a function when it was registered; nothing of a function that was not."""
+        function = self[item] if isinstance(item, str) else item
+        return next((facts for name, facts in self._facts.items() if self._items[name] is function), dict[str, Any]())
+
+    def bound(self, item: str | Callable[..., Any], options: Mapping[str, float]) -> Callable[..., Any]:
+        """Return the function of a name (or the function given) with its keyword-only options fixed.
+
+        Raises:
+            ConfigError: an option that it does not have, or that is not a finite number.
+        """
+        function: Callable[..., Any] = self[item] if isinstance(item, str) else item
+        known = keyword_defaults(function)
+        name = item if isinstance(item, str) else getattr(item, "__name__", str(item))
+        for key, value in options.items():
+            if key not in known:
+                raise ConfigError(f"{self.kind} '{name}' has no option '{key}'; {suggest(key, known)}")
+            if not math.isfinite(value):
+                raise ConfigError(f"{self.kind} '{name}', option '{key}': got {value!r}; expected a finite number")
+        return partial(function, **options)
 
     def __getitem__(self, name: str) -> Any:
         if name in self._items:
@@ -52,6 +78,12 @@ class Registry(Mapping[str, Any]):
         return name in self._items
 
 
+def keyword_defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    """A function's keyword-only parameters with their defaults: its options."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
 def load_object(path: str) -> Any:
     """Import ``pkg.mod:name``; raises `ConfigError` that says which half was not found."""
     module_name, _, attribute = path.partition(":")
@@ -68,8 +100,20 @@ def load_object(path: str) -> Any:
 RECIPES = Registry(
     "recipe",
     {
+        "dpo": "posttrain.recipes.dpo:dpo",
         "instructgpt": "posttrain.recipes.instructgpt:instructgpt",
         "reward_model": "posttrain.recipes.reward_model:reward_model",
         "small": "posttrain.recipes.small:small",
     },
 )
+
+METHODS = Registry(
+    "method",
+    {
+        "dpo": "posttrain.recipes.methods:dpo",
+        "ppo": "posttrain.recipes.methods:ppo",
+        "reward": "posttrain.recipes.methods:reward",
+        "sft": "posttrain.recipes.methods:sft",
+    },
+)
+"""What ``posttrain train`` takes: recipes of one stage."""

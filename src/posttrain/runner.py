@@ -14,13 +14,10 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from posttrain import doctor
+from posttrain import doctor, ranks
 from posttrain.errors import ConfigError
 from posttrain.graph import (
     Decision,
@@ -36,12 +33,14 @@ from posttrain.graph import (
     describe,
     ordered,
     read_json,
-    stage_config,
+    settle,
     stage_inputs,
     until_stage,
 )
 from posttrain.machine import matmul_speed
+from posttrain.manifest import manifest
 from posttrain.stages import Context, Recipe, Stage
+from posttrain.train.signals import Terminated, sigterm_interrupts
 
 EFFICIENCY = 0.5
 """Share of the measured matrix-product speed that training reaches, for forecasts."""
@@ -58,10 +57,6 @@ class Stopped(SystemExit):
         self.line = line
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, raised where Ctrl-C would be, so that whatever cleans up after one does after the other."""
-
-
 def run_recipe(
     recipe: Recipe,
     *,
@@ -72,6 +67,9 @@ def run_recipe(
     seed: int = 0,
     tiny: bool = False,
     command: str = "",
+    resume: bool = False,
+    allow_changed: bool = False,
+    restart_changed: bool = False,
 ) -> Path:
     """Run a recipe's stages in ``root/name`` and return that directory; finished stages are skipped.
 
@@ -84,11 +82,16 @@ def run_recipe(
         seed: of every random draw.
         tiny: whether stages run at the size of the small world.
         command: what continues this run, for messages and ``run.json``; this process's own if empty.
+        resume: refuse to begin anew, and to do nothing.
+        allow_changed: keep what was begun under other settings, data or libraries; ``run.json`` records the difference.
+        restart_changed: clear such stages and run them again; with neither, they are refused.
 
     Raises:
-        ConfigError: a graph, name or data file that can't be used, or another process works on the run.
+        ConfigError: a graph, name or file that can't be used, a run that another process works on or that can't go on.
         Stopped: Ctrl-C (130), SIGTERM (143), full disk or out of memory (1); a line says how to go on.
     """
+    if ranks.follower():
+        ranks.follow(recipe, seed=seed, tiny=tiny)
     console = console or Console()
     command = command or shlex.join([Path(sys.executable).name, *sys.argv])
     stages = until_stage(ordered(recipe), until)
@@ -97,29 +100,72 @@ def run_recipe(
     for stage_name, stage in stages.items():  # before anything is written or computed
         if decide(directory / stage_name, described[stage_name]).what != "skip":
             getattr(stage, "check", lambda: None)()
+    if resume and not (directory / "run.json").exists():
+        raise ConfigError(f"there is no run in {directory} to resume; leave --resume out to begin one")
     directory.mkdir(parents=True, exist_ok=True)
-    with _locked(directory, console), _sigterm_interrupts():
-        decisions = {stage: decide(directory / stage, described[stage]) for stage in stages}
+    with _locked(directory, console), sigterm_interrupts(), ranks.leading():
+        found = {stage: decide(directory / stage, described[stage]) for stage in stages}
+        decisions = settle(directory, found, allow_changed=allow_changed, restart_changed=restart_changed)
+        if resume and all(what == "skip" for what, _ in decisions.values()):
+            raise ConfigError(f"every stage of {directory} is finished; --resume has nothing to do; leave it out")
         place = str(directory)
         try:
             _announce_clearing(console, directory, decisions)
-            write_json(directory / "run.json", manifest(directory, recipe, command, seed, tiny))
-            for number, (stage_name, stage) in enumerate(stages.items(), 1):
-                place = f"stage '{stage_name}' of {directory}"
-                what, why = decisions[stage_name]
-                head = f"[{number}/{len(stages)}] {stage_name}"
-                say(console, f"{head}: {_PROGRESS[what].format(why)}")
-                if what != "skip":
-                    inputs = {field: directory / other for field, other in described[stage_name]["inputs"].items()}
-                    ctx = Context(dir=directory / stage_name, inputs=inputs, console=console, seed=seed, tiny=tiny)
-                    seconds = _run_stage(stage, ctx, described[stage_name], clear=what == "clear")
-                    say(console, f"{head}: done in {duration(seconds)}")
+            record = manifest(directory, recipe, decisions, command=command, seed=seed, tiny=tiny, until=until)
+            _record(console, directory, record, found, decisions, described)
+            for place in _run_stages(console, directory, stages, decisions, described, seed=seed, tiny=tiny):  # noqa: B007
+                pass
         except BaseException as error:
             stopped = _explain(console, error, place, command)
             if stopped is None:
                 raise
             raise stopped from error
     return directory
+
+
+def _run_stages(
+    console: Console,
+    directory: Path,
+    stages: Mapping[str, Stage],
+    decisions: Mapping[str, Decision],
+    described: Mapping[str, Mapping[str, Any]],
+    *,
+    seed: int,
+    tiny: bool,
+) -> Iterator[str]:
+    """Run what is to be run; yields each such stage's place, for messages, right before it begins."""
+    for number, (stage, (what, why)) in enumerate(decisions.items(), 1):
+        head = f"[{number}/{len(stages)}] {stage}"
+        say(console, f"{head}: {_PROGRESS[what].format(why)}")
+        if what != "skip":
+            yield f"stage '{stage}' of {directory}"
+            inputs = {field: directory / other for field, other in described[stage]["inputs"].items()}
+            ctx = Context(dir=directory / stage, inputs=inputs, console=console, seed=seed, tiny=tiny)
+            seconds = _run_stage(stages[stage], ctx, described[stage], clear=what == "clear")
+            say(console, f"{head}: done in {duration(seconds)}")
+    if all(what == "skip" for what, _ in decisions.values()):
+        say(console, f"every stage of {directory} was finished before; nothing was computed")
+
+
+def _record(
+    console: Console,
+    directory: Path,
+    record: dict[str, Any],
+    found: Mapping[str, Decision],
+    decisions: Mapping[str, Decision],
+    described: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Write ``run.json``, with the differences a person allowed; finished stages that have one get the present key."""
+    allowed = {s: d.why for s, d in found.items() if d.what == "changed" and decisions[s].what in ("continue", "skip")}
+    if allowed:
+        record["attempts"][-1]["allowed"] = allowed
+    write_json(directory / "run.json", record)
+    for stage, why in allowed.items():
+        say(console, f"{directory / stage}: kept although {why}")
+        if decisions[stage].what == "skip":
+            old, done = (read_json(directory / stage / name) or {} for name in ("stage.json", "done.json"))
+            write_json(directory / stage / "stage.json", {**described[stage], "seconds": old.get("seconds", 0.0)})
+            write_json(directory / stage / "done.json", {**done, "key": described[stage]["key"]})
 
 
 _PROGRESS = {
@@ -143,7 +189,8 @@ def _run_stage(stage: Stage, ctx: Context, described: Mapping[str, Any], *, clea
     write_json(ctx.dir / "stage.json", {**described, "seconds": earlier})
     began = time.monotonic()
     try:
-        stage.run(ctx)
+        with ranks.announced(stage, ctx):
+            stage.run(ctx)
     except BaseException:
         with suppress(OSError):  # the disk may be full, and that is what gets reported
             write_json(ctx.dir / "stage.json", {**described, "seconds": earlier + time.monotonic() - began})
@@ -164,46 +211,21 @@ def _outputs(directory: Path) -> dict[str, int]:
     }
 
 
-def manifest(directory: Path, recipe: Recipe, command: str, seed: int, tiny: bool) -> dict[str, Any]:
-    """Build ``run.json``: what was asked for, with which versions, on what."""
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    names = {id(stage): name for name, stage in recipe.stages.items()}
-    stages = {
-        name: {
-            "class": type(stage).__name__,
-            "config": stage_config(stage),
-            "inputs": {field: names[id(other)] for field, other in stage_inputs(stage).items()},
-        }
-        for name, stage in ordered(recipe).items()
-    }
-    return {
-        "name": directory.name,
-        "recipe": recipe.name,
-        "summary": recipe.summary,
-        "command": command,
-        "seed": seed,
-        "tiny": tiny,
-        "stages": stages,
-        "versions": doctor.versions(["torch", "transformers"]),
-        "hardware": doctor.hardware(),
-        "created": (read_json(directory / "run.json") or {}).get("created", now),
-        "updated": now,
-    }
-
-
 # ---------------------------------------------------------------------------- what stops a run
 
 
 def stop_cause(error: BaseException) -> tuple[str, int] | None:
     """Return why a run stopped and the exit status; None for errors that going on would only repeat."""
     text = str(error)
-    if isinstance(error, _Terminated):
+    if isinstance(error, Terminated):
         return "stopped by SIGTERM", 143
     if isinstance(error, KeyboardInterrupt):
         return "stopped by Ctrl-C", 130
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if full or "No space left on device" in text:  # safetensors raises an error class of its own
-        return "the disk is full (free some space)", 1
+        said = error.strerror if isinstance(error, OSError) and error.errno == errno.ENOSPC else None
+        detail = "" if said in (None, os.strerror(errno.ENOSPC)) else f"{said}; "
+        return f"the disk is full ({detail}free some space)", 1
     out_of_memory = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and out_of_memory):
         return "out of memory (a lower max_tokens_per_microbatch needs less)", 1
@@ -220,23 +242,6 @@ def _explain(console: Console, error: BaseException, place: str, command: str) -
     line = f"posttrain: {cause[0]} in {place}; {kept}; go on with: {command}"
     say(console, line)
     return Stopped(line, cause[1])
-
-
-@contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """Raise on SIGTERM as Ctrl-C would, in the main thread (elsewhere Python can't)."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise _Terminated
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
 
 
 @contextmanager

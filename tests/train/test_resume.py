@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
+import random
+import signal
+import time
 
+import numpy as np
 import pytest
 import torch
 
 from posttrain.errors import CheckError
-from posttrain.forest import Batch
+from posttrain.rewards.base import Score
+from posttrain.train.checkpoint import Unusable, read_checkpoint
+from posttrain.train.journal import Journal
 from posttrain.train.log import JsonLines
 from posttrain.train.loop import fit
 from posttrain.train.objectives import PolicyGradient, Supervised
 from posttrain.train.optim import Optim
+from posttrain.train.signals import Terminated, sigterm_interrupts
 from posttrain.train.sources import demonstration_source, shuffled
+from posttrain.train.state import machine
+from posttrain.train.streams import random_streams, restore_streams
 
-from .tiny import equal, metrics, random_rows, role, rollouts, run_in, weights
+from .tiny import equal, metrics, random_rows, role, rollouts, run_in, score, weights
 
 OPTIM = Optim(lr=0.01, role_lr={"value": 0.02}, schedule="cosine", warmup_steps=2, weight_decay=0.1)
 
@@ -40,11 +49,21 @@ def supervised(directory, dtype, hooks=(), seed=0):
     return models, run.console.file.getvalue()
 
 
-def reinforce(directory, dtype, hooks=(), seed=0):
+def reinforce(directory, dtype=torch.float32, hooks=(), seed=0, reward=score, journal=True, updates=2):
     models = {"policy": role(seed, dtype=dtype), "value": role(1, scalar=True, dtype=dtype)}
     reference = role(0, trained=False, dtype=dtype)
     samples: list = []
-    source = rollouts(models["policy"], reference, models["value"], on_samples=lambda *x: samples.append(x))
+    kept = Journal(directory / "journal") if journal else None
+    on_samples = lambda *x: samples.append(x)  # noqa: E731
+    source = rollouts(
+        models["policy"],
+        reference,
+        models["value"],
+        on_samples=on_samples,
+        journal=kept,
+        reward=reward,
+        updates=updates,
+    )
     run = run_in(directory, steps=6, save_every=1)
     fit(models, PolicyGradient(ratio_tolerance=0.1), source, optim=OPTIM, run=run, hooks=hooks)
     return models, run.console.file.getvalue(), samples
@@ -67,18 +86,243 @@ def test_supervised(tmp_path, dtype, killed, continued):
     assert [line["step"] for line in metrics(tmp_path / "cut")] == list(range(7))
 
 
-@pytest.mark.parametrize("killed", [2, 3, 5])
+@pytest.mark.parametrize("killed", [1, 2, 3, 5])
 def test_reinforcement(tmp_path, killed):
-    """Two updates on each rollout: a run goes on from between rollouts only."""
-    expected, _, samples = reinforce(tmp_path / "whole", torch.float32)
+    """Two updates on each rollout: a run goes on between them, with the rollout's own samples, scores and values."""
+    expected, _, samples = reinforce(tmp_path / "whole")
     with pytest.raises(Killed):
-        reinforce(tmp_path / "cut", torch.float32, [kill_at(killed)])
-    models, printed, again = reinforce(tmp_path / "cut", torch.float32, seed=5)
-    start = killed // 2 * 2
-    assert f"continuing after step {start} of 6" in printed
-    assert again == [s for s in samples if s[0] >= start]
+        reinforce(tmp_path / "cut", hooks=[kill_at(killed)])
+    models, printed, again = reinforce(tmp_path / "cut", seed=5)
+    assert f"continuing after step {killed} of 6" in printed and "can't be used" not in printed
+    assert again == [s for s in samples if s[0] >= killed]
     assert equal(weights(models), weights(expected))
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("lost", ["no journal", "a byte", "the file"])
+def test_without_its_journal_a_run_goes_on_from_between_rollouts(tmp_path, lost):
+    expected, _, _ = reinforce(tmp_path / "whole", journal=False)
+    with pytest.raises(Killed):
+        reinforce(tmp_path / "cut", hooks=[kill_at(3)], journal=lost != "no journal")
+    path = tmp_path / "cut" / "journal" / "step-00000002.jsonl"
+    if lost == "a byte":
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    elif lost == "the file":
+        path.unlink()
+    models, printed, _ = reinforce(tmp_path / "cut", seed=5, journal=lost != "no journal")
+    place = "nowhere" if lost == "no journal" else path
+    fault = f"can't be used: the rollout begun at step 2 is not in the journal ({place}) as it was used"
+    assert fault in printed and "using the one of step 2" in printed and "continuing after step 2 of 6" in printed
+    assert equal(weights(models), weights(expected)) and metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+
+
+def dice(completions):
+    """A reward that draws from the three global streams, as a careless one may."""
+    return [Score(random.random() + float(np.random.rand()) + float(torch.rand(()))) for _ in completions]
+
+
+@pytest.mark.parametrize("killed", [2, 3])
+def test_a_reward_with_dice_is_not_asked_twice_and_its_dice_fall_as_they_would_have(tmp_path, killed):
+    def seeded(value):
+        random.seed(value), np.random.seed(value), torch.manual_seed(value)
+
+    seeded(1)
+    expected, _, _ = reinforce(tmp_path / "whole", reward=dice)
+    seeded(1)
+
+    def scored(completions):
+        found = dice(completions)
+        asked.append(len(asked))
+        if len(asked) == 3:
+            raise Killed
+        return found
+
+    asked: list[int] = []
+    if killed == 2:  # in the reward of the third rollout: two rollouts were used, the third is sampled and not scored
+        with pytest.raises(Killed):
+            reinforce(tmp_path / "cut", reward=scored)
+        start = 4
+    else:
+        with pytest.raises(Killed):
+            reinforce(tmp_path / "cut", reward=dice, hooks=[kill_at(3)])
+        start = 3
+    seeded(2)
+    models, printed, _ = reinforce(tmp_path / "cut", seed=5, reward=dice)
+    assert f"continuing after step {start} of 6" in printed
+    assert equal(weights(models), weights(expected)) and metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+
+
+def test_streams_are_restored():
+    random.seed(3), np.random.seed(3), torch.manual_seed(3)
+    random.gauss(0, 1), np.random.randn(), torch.randn(3)  # each leaves half a pair behind
+    kept = json.loads(json.dumps(random_streams()))
+    one = [random.gauss(0, 1), random.random(), np.random.randn(), np.random.rand(), torch.randn(5).tolist()]
+    restore_streams(kept)
+    assert one == [random.gauss(0, 1), random.random(), np.random.randn(), np.random.rand(), torch.randn(5).tolist()]
+
+
+class Drifting:
+    """An objective whose loss depends on how often it was asked."""
+
+    def __init__(self):
+        self.inner, self.asked = Supervised(), 0
+
+    def __call__(self, stats, batch):
+        self.asked += 1
+        terms = self.inner(stats, batch)
+        term = terms["loss/nll"]
+        return {"loss/nll": type(term)(term.sum * (1 + self.asked / 10), term.unit)}
+
+    def state(self):
+        return {"asked": self.asked}
+
+    def load_state(self, state):
+        self.asked = state["asked"]
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+
+def test_the_state_of_an_objective_is_kept(tmp_path):
+    def run(directory, hooks=()):
+        models = {"policy": role(0, dtype=torch.float32)}
+        source = demonstration_source(random_rows(1, [(3, [4]), (2, [6]), (5, [3])]), per_step=2, seed=7)
+        fit(models, Drifting(), source, optim=OPTIM, run=run_in(directory), hooks=hooks)
+        return weights(models)
+
+    expected = run(tmp_path / "whole")
+    with pytest.raises(Killed):
+        run(tmp_path / "cut", [kill_at(4)])
+    assert equal(run(tmp_path / "cut"), expected) and metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    last = read_checkpoint(tmp_path / "cut" / "checkpoints" / "step-00000006")
+    assert last.state["objective"]["asked"] >= 6 and set(last.state) == {
+        "format", "source", "objective", "streams", "metrics", "machine",
+    }  # fmt: skip
+    assert last.state["metrics"] == (tmp_path / "cut" / "metrics.jsonl").stat().st_size
+
+
+def test_another_machine_is_announced(tmp_path, monkeypatch):
+    with pytest.raises(Killed):
+        supervised(tmp_path, torch.float32, [kill_at(4)])
+    threads = machine()["threads"]
+    torch.set_num_threads(threads + 1)
+    try:
+        _, printed = supervised(tmp_path, torch.float32)
+    finally:
+        torch.set_num_threads(threads)
+    assert f"threads was {threads}, is {threads + 1}: the last bits of results may differ" in printed
+
+
+# ---------------------------------------------------------------------------- signals
+
+
+@pytest.fixture(autouse=True)
+def interruptible():
+    """As in a terminal; a shell's background ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_after_its_step_is_saved(tmp_path, capfd, number):
+    expected, _ = supervised(tmp_path / "whole", torch.float32)
+    before = signal.getsignal(number)
+    kind = Terminated if number == signal.SIGTERM else KeyboardInterrupt
+    hook = lambda step, _: signal.raise_signal(number) if step == 2 else None  # noqa: E731
+    with sigterm_interrupts(), pytest.raises(kind):
+        supervised(tmp_path / "cut", torch.float32, [hook])
+    assert signal.getsignal(number) is before
+    notice = "posttrain: finishing and saving this step; a second signal leaves at once"
+    assert capfd.readouterr().err.strip() == notice
+    names = sorted(p.name for p in (tmp_path / "cut" / "checkpoints").iterdir())
+    assert names == ["step-00000002", "step-00000003"] and len(metrics(tmp_path / "cut")) == 3
+    models, printed = supervised(tmp_path / "cut", torch.float32, seed=5)
+    assert "continuing after step 3 of 7" in printed
+    assert equal(weights(models), weights(expected)) and metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+
+
+def test_a_second_signal_leaves_at_once(tmp_path):
+    before, after = signal.getsignal(signal.SIGINT), []
+
+    def hook(step, _):
+        if step == 2:
+            while not (tmp_path / "checkpoints" / "step-00000002").exists():
+                time.sleep(0.01)
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            after.append(step)
+
+    with pytest.raises(KeyboardInterrupt):
+        supervised(tmp_path, torch.float32, [hook])
+    assert not after and signal.getsignal(signal.SIGINT) is before
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+    _, printed = supervised(tmp_path, torch.float32)
+    assert "continuing after step 2 of 7" in printed
+
+
+def test_an_ignored_signal_stays_ignored(tmp_path):
+    """As under nohup, or in a shell's background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        supervised(tmp_path, torch.float32, [lambda step, _: signal.raise_signal(signal.SIGINT)])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(metrics(tmp_path)) == 7
+
+
+# ---------------------------------------------------------------------------- journal
+
+
+def test_what_is_journalled_is_made_once(tmp_path):
+    made = []
+
+    def make():
+        made.append(1)
+        return [(1, 0.1), (2, float("-inf"))]
+
+    one = Journal(tmp_path / "j").once(4, "a", make)
+    again = Journal(tmp_path / "j").once(4, "a", make)
+    assert [tuple(x) for x in again] == one and len(made) == 1
+    Journal(tmp_path / "j").once(4, "b", make), Journal(tmp_path / "j").once(5, "a", make)
+    assert len(made) == 3 and sorted(p.name for p in (tmp_path / "j").iterdir()) == [
+        "step-00000004.jsonl",
+        "step-00000005.jsonl",
+    ]
+    Journal(tmp_path / "j").forget(5)
+    assert [p.name for p in (tmp_path / "j").iterdir()] == ["step-00000005.jsonl"]
+
+
+def test_a_line_cut_anywhere_is_made_again(tmp_path):
+    journal = Journal(tmp_path)
+    journal.once(0, "a", lambda: ["zwölf", 1 / 3])
+    path = tmp_path / "step-00000000.jsonl"
+    first = path.read_bytes()
+    journal.once(0, "b", lambda: [2])
+    whole, state = path.read_bytes(), journal.state(0)
+    journal.require(state)
+    for end in range(len(first), len(whole)):
+        path.write_bytes(whole[:end])
+        with pytest.raises(Unusable, match="the rollout begun at step 0 is not in the journal"):
+            journal.require(state)
+        assert Journal(tmp_path).once(0, "a", lambda: None) == ["zwölf", 1 / 3]
+        assert Journal(tmp_path).once(0, "b", lambda: [2]) == [2] and path.read_bytes() == whole
+
+
+def test_every_damaged_byte_of_a_journal_is_found(tmp_path):
+    journal = Journal(tmp_path)
+    journal.once(0, "a", lambda: [1, 2])
+    state, path = journal.state(0), tmp_path / "step-00000000.jsonl"
+    good = path.read_bytes()
+    for at in range(len(good)):
+        path.write_bytes(good[:at] + bytes([good[at] ^ 4]) + good[at + 1 :])
+        with pytest.raises(Unusable):
+            journal.require(state)
+
+
+# ---------------------------------------------------------------------------- the rest
 
 
 def test_a_finished_run_is_not_run_again(tmp_path):
@@ -86,34 +330,6 @@ def test_a_finished_run_is_not_run_again(tmp_path):
     lines = (tmp_path / "metrics.jsonl").read_text()
     models, _ = supervised(tmp_path, torch.float32, [kill_at(0)], seed=5)
     assert equal(weights(models), weights(expected)) and (tmp_path / "metrics.jsonl").read_text() == lines
-
-
-class Poisoned:
-    """Rollout batches whose advantages turn to ``value`` at step 1."""
-
-    def __init__(self, source, value):
-        self.source, self.value = source, value
-
-    def __call__(self, step):
-        batch = self.source(step)
-        if step != 1:
-            return batch
-        bad = batch.tokens["advantage"] * self.value
-        return Batch(batch.forest, batch.tokens | {"advantage": bad}, batch.branches, batch.counts)
-
-    def __getattr__(self, name):
-        return getattr(self.source, name)
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_before_it_touches_weights(tmp_path):
-    models = {"policy": role(0), "value": role(1, scalar=True)}
-    source = Poisoned(rollouts(models["policy"], role(0, trained=False), models["value"]), float("nan"))
-    after_first = []
-    hook = lambda step, _: after_first.append(weights(models))  # noqa: E731
-    with pytest.raises(CheckError, match="the loss is nan at step 1; weights are unchanged"):
-        fit(models, PolicyGradient(), source, optim=OPTIM, run=run_in(tmp_path), hooks=[hook])
-    assert len(after_first) == 1 and equal(weights(models), after_first[0])
-    assert [line["step"] for line in metrics(tmp_path)] == [0]
 
 
 def test_a_sampler_that_is_not_the_policy_is_refused_before_the_first_step(tmp_path):
@@ -140,8 +356,7 @@ def test_lines_are_cut_back(tmp_path):
     log = JsonLines(path, 0)
     odd = "a\u2028b\u0085c\u2029d\x0be\nf"  # what str.splitlines would cut at
     for step in range(4):
-        log.write(step, {"completion": odd})
-        log.write(step, {"completion": "zwölf"})
+        log.write(step, {"completion": odd}, {"completion": "zwölf"})
     log.close()
     with path.open("a") as file:
         file.write('{"step": 4, "compl')  # the process was killed here

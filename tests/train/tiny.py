@@ -17,6 +17,7 @@ from posttrain.models.policy import Model
 from posttrain.rewards.base import Score
 from posttrain.rollout.engine import Sampling
 from posttrain.rollout.local import LocalEngine
+from posttrain.train.journal import Journal
 from posttrain.train.log import METRICS
 from posttrain.train.loop import Run
 from posttrain.train.rollouts import Plan, RolloutSource
@@ -81,6 +82,7 @@ def score(completions) -> list[Score]:
 def rollouts(policy: Model, reference: Model, value: Model | None, *, reward=score, **changes) -> RolloutSource:
     """A source over the six prompts; ``changes`` are fields of its plan."""
     on_samples = changes.pop("on_samples", lambda step, samples: None)
+    journal = changes.pop("journal", None) or Journal()
     numbers = {"prompts": 4, "samples": 2, "updates": 2, "kl": 0.1, "seed": 3, "max_tokens": 60} | changes
     return RolloutSource(
         plan=Plan(sampling=Sampling(max_new_tokens=6), **numbers),
@@ -92,6 +94,7 @@ def rollouts(policy: Model, reference: Model, value: Model | None, *, reward=sco
         value=value,
         decode=str,
         on_samples=on_samples,
+        journal=journal,
     )
 
 

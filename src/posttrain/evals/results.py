@@ -5,7 +5,8 @@
     schema              1
     machine             {line, device, threads, fp32_gflops, bf16_gflops}; the last two measured, GFLOP/s
     reward_accuracy     {model: {accuracy, low, high, pairs, rankings,
-                                 by_failure: {label: {accuracy, low, high, pairs, rankings}}}}
+                                 by_failure: {label: {accuracy, low, high, pairs, rankings}},
+                                 by_ranking: [accuracy of each ranking]}}
                         models: reward, reward_unseen, and the baselines length, bag_of_words, frozen_base,
                         all on the same held-out rankings; length has also direction ("longer" or "shorter",
                         chosen on training rankings) and flipped (accuracy of the other direction here)
@@ -17,6 +18,7 @@
     differences         [{name: "ppo - sft", scorer, mean, low, high, n, excludes_zero}]
     prompts             how many stand behind policies and differences
     samples_per_prompt  the largest number of answers a prompt
+    rows                {"policies/POLICY/SCORER": [number]}: each mean under policies, by prompt
     samples             [{prompt, answers: {policy: {text, scores: {scorer: number}, truncated}}}]
     worst               the same with {scorer, before, after, drop}: the prompts that training made worse
     stages              {stage: seconds}
@@ -140,7 +142,10 @@ def reward_section(
     section: dict[str, Any] = {}
     for model, pairs in outcomes.items():
         groups = group_by_failure(pairs).items()
-        section[model] = _accuracy_entry(pairs) | {"by_failure": {label: _accuracy_entry(g) for label, g in groups}}
+        section[model] = _accuracy_entry(pairs) | {
+            "by_failure": {label: _accuracy_entry(g) for label, g in groups},
+            "by_ranking": _by_ranking(pairs),
+        }
     if "length" in section:
         if length_direction not in (1, -1):
             raise ConfigError(f"got length_direction {length_direction}; expected 1 or -1, from `length_direction`")
@@ -175,7 +180,7 @@ def policy_section(
     resamples: int = 4000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Build ``policies`` and ``differences``: means by policy, and later minus earlier policy, paired.
+    """Build ``policies``, ``differences`` and ``rows``: means by policy, later minus earlier policy, means by prompt.
 
     Args:
         scores: policy to scorer to ``[prompts, samples]``; policies in order of training (base, sft, ppo),
@@ -200,6 +205,7 @@ def policy_section(
     prompts, samples = _shared_shape(tables)
     options = {"resamples": resamples, "seed": seed}
     policies: dict[str, dict[str, Any]] = {}
+    rows: dict[str, list[float]] = {}
     for policy, row in tables.items():
         measured = dict(row)
         for name, given in (("kl", kl), ("length", length), ("truncated", truncated)):
@@ -208,6 +214,7 @@ def policy_section(
         policies[policy] = {
             name: _mean_entry(values, prompts, policy, name, options) for name, values in measured.items()
         }
+        rows |= {f"policies/{policy}/{name}": values.mean(axis=1).tolist() for name, values in measured.items()}
         if seconds is not None:
             policies[policy]["seconds"] = float(_of(seconds, policy, "seconds"))
     return {
@@ -215,6 +222,7 @@ def policy_section(
         "differences": _differences(tables, prompts, options),
         "prompts": prompts,
         "samples_per_prompt": samples,
+        "rows": rows,
     }
 
 
@@ -350,6 +358,14 @@ def _accuracy_entry(pairs: Sequence[PairOutcome]) -> dict[str, Any]:
         "pairs": len(pairs),
         "rankings": entry["n"],
     }
+
+
+def _by_ranking(pairs: Sequence[PairOutcome]) -> list[float]:
+    """Return the accuracy within each ranking, in the order of the data."""
+    found: dict[int, list[float]] = {}
+    for pair in pairs:
+        found.setdefault(pair.ranking, []).append(pair.correct)
+    return [float(np.mean(found[ranking])) for ranking in sorted(found)]
 
 
 def _difference(interval: Interval) -> dict[str, Any]:

@@ -1,10 +1,11 @@
-"""Intervals by bootstrap over clusters, paired differences, rank correlations; deterministic by seed."""
+"""Intervals by bootstrap over clusters, paired differences and tests, rank correlations; deterministic by seed."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -108,6 +109,76 @@ def excludes_zero(interval: Interval) -> bool:
     return enough and (interval.low > 0 or interval.high < 0)
 
 
+def paired_test(
+    a: ArrayLike, b: ArrayLike, *, level: float = 0.95, resamples: int = 4000, seed: int = 0
+) -> tuple[Interval, float]:
+    """Return mean(a - b) with an interval that holds for few pairs too, and the p-value of no difference.
+
+    With m the mean and q the quantiles of the paired bootstrap's means, the interval runs from m + w (q_low - m) to
+    m + w (q_high - m). The factor w = sqrt(n / (n-1)) t / z widens it as Student's t widens a normal interval: 2.7 for
+    n = 3, 1.4 for n = 6, 1.03 for n = 50. It makes up for what n differences don't tell of their own spread, on the
+    assumption that they are roughly normal. p is the smallest 1 - level whose interval leaves 0 out, at least
+    1 / resamples. A single pair, or 2 to 5 whose differences are all the same number, tell nothing of the spread: the
+    interval is then (-inf, inf) and p 1, unless that number is 0.
+
+    Args:
+        a: ``[N]`` one side of each pair.
+        b: ``[N]`` the other.
+        level: confidence, between 0 and 1.
+        resamples: how many resamples.
+        seed: equal seeds give equal results.
+
+    Raises:
+        ConfigError: lengths that differ, no pairs, a value that is not finite, a level outside (0, 1).
+
+    Source: Hesterberg, What Teachers Should Know About the Bootstrap, The American Statistician 69 (2015), section 4.3,
+        who adjusts the quantiles by the same factor.
+    """
+    percentile = paired_bootstrap(a, b, range(np.size(a)), level=level, resamples=resamples, seed=seed)
+    differences = _finite(a, "a") - _finite(b, "b")
+    count, mean = differences.size, percentile.mean
+    if not np.ptp(differences) and (count < 6 or mean == 0):
+        known = mean == 0 and count > 1
+        return (
+            Interval(mean, mean, mean, count, level) if known else Interval(mean, -math.inf, math.inf, count, level)
+        ), 1.0
+    means = np.sort(_resampled_means(differences, np.ones(count), resamples, np.random.default_rng(seed))) - mean
+
+    def bounds(alpha: float) -> tuple[float, float]:
+        low, high = np.quantile(means, [alpha / 2, 1 - alpha / 2]) * _widening(count, 1 - alpha)
+        return mean + float(low), mean + float(high)
+
+    low, high = bounds(1 - level)
+    found = Interval(mean, low, high, count, level)
+    inside, outside = 1 / resamples, 1.0  # alphas: at 1 the interval is a point, away from 0
+    if _outside(bounds(inside)):
+        return found, inside
+    for _ in range(30):
+        middle = math.sqrt(inside * outside)
+        inside, outside = (inside, middle) if _outside(bounds(middle)) else (middle, outside)
+    return found, outside
+
+
+def holm(p_values: ArrayLike) -> NDArray[np.float64]:
+    """Return p-values ``[M]`` corrected for their number: below alpha means shown while all M err with chance alpha at most.
+
+    The i-th smallest becomes max over j <= i of min(1, (M - j + 1) p_j).
+
+    Raises:
+        ConfigError: no values, or one outside [0, 1].
+
+    Source: Holm, A Simple Sequentially Rejective Multiple Test Procedure, Scandinavian Journal of Statistics 6 (1979).
+    """
+    values = _finite(p_values, "p_values")
+    if values.min() < 0 or values.max() > 1:
+        raise ConfigError(f"got p-values from {values.min()} to {values.max()}; expected numbers between 0 and 1")
+    order = np.argsort(values, kind="stable")
+    steps = np.minimum(1.0, values[order] * np.arange(values.size, 0, -1))
+    corrected = np.empty_like(values)
+    corrected[order] = np.maximum.accumulate(steps)
+    return corrected
+
+
 def spearman(a: ArrayLike, b: ArrayLike) -> float:
     """Return Spearman's rho, the correlation of ranks, ties at their mean rank; nan if one side is constant.
 
@@ -134,6 +205,40 @@ def kendall(a: ArrayLike, b: ArrayLike) -> float:
     dx, dy = np.sign(x[:, None] - x[None, :])[upper], np.sign(y[:, None] - y[None, :])[upper]
     scale = math.sqrt(float(np.abs(dx).sum()) * float(np.abs(dy).sum()))
     return float(dx @ dy) / scale if scale > 0 else math.nan
+
+
+def _outside(bounds: tuple[float, float]) -> bool:
+    return bounds[0] > 0 or bounds[1] < 0
+
+
+def _widening(count: int, level: float) -> float:
+    """Return sqrt(n / (n-1)) t / z: how much wider an interval of n values is than their bootstrap's."""
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    return math.sqrt(count / (count - 1)) * student_quantile(level, min(count - 1, 1000)) / z if z > 0 else 1.0
+
+
+def student_quantile(level: float, freedom: int) -> float:
+    """Return the t with P(|T| < t) = level for Student's T of integer degrees of freedom, by bisection.
+
+    Source: the finite series for P(|T| < t) in Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3-4.
+    """
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        angle = (low + high) / 2  # t = sqrt(freedom) tan(angle)
+        low, high = (angle, high) if _student_within(angle, freedom) < level else (low, angle)
+    return math.sqrt(freedom) * math.tan(low)
+
+
+def _student_within(angle: float, freedom: int) -> float:
+    """Return P(|T| < sqrt(freedom) tan(angle))."""
+    sine, cosine = math.sin(angle), math.cos(angle)
+    odd = freedom % 2
+    term = cosine if odd else 1.0
+    total = term if freedom > 1 else 0.0
+    for k in range(2 + odd, freedom - 1, 2):
+        term *= (k - 1) / k * cosine**2
+        total += term
+    return 2 / math.pi * (angle + sine * total) if odd else sine * total
 
 
 def _resampled_means(

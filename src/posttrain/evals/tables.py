@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
-from rich.console import Group, RenderableType
+from rich.console import Group, JustifyMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -46,7 +46,8 @@ def rich_grid(grid: Grid) -> RenderableType:
     title = Text(grid.title, style="bold")  # above, as a table's own title wraps at the table's width
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(grid.header):
-        table.add_column(Text(clean_text(name)), justify="left" if i in grid.left else "right", vertical="top")
+        justify: JustifyMethod = "left" if i in grid.left else "right"
+        table.add_column(Text(clean_text(name)), justify=justify, vertical="top", overflow="fold")
     for row in grid.rows:
         table.add_row(*(Text(clean_text(cell)) for cell in row))
     return Group(title, table, *(Text(note, style="dim") for note in grid.notes), Text())

@@ -35,6 +35,29 @@ class Score:
     parts: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
+class BadScore(RewardError):
+    """A score that is NaN or infinite, with all that the reward was given and gave; it never becomes an advantage."""
+
+    def __init__(self, message: str, completions: Sequence[Completion], scores: Sequence[Score]) -> None:
+        super().__init__(message)
+        self.completions, self.scores = list(completions), list(scores)
+
+
+def require_finite(completions: Sequence[Completion], scores: Sequence[Score], who: str = "the reward gave") -> None:
+    """Pass scores that are finite or None.
+
+    Raises:
+        BadScore: one is not; the message begins with ``who`` and quotes the response.
+    """
+    for c, s in zip(completions, scores, strict=True):
+        if s.value is not None and not math.isfinite(s.value):
+            raise BadScore(
+                f"{who} {s.value} for {c.text[:80]!r}; expected a finite number, or None to abstain",
+                completions,
+                scores,
+            )
+
+
 class Reward(Protocol):
     """Scores completions, one score each, in their order."""
 
@@ -54,9 +77,10 @@ def from_function(function: Callable[[str, str], float], name: str = "function")
         scores: list[Score] = []
         for c in completions:
             value = function(c.example.prompt[-1].content, c.text)
-            if not isinstance(value, Real) or not math.isfinite(value):
+            if not isinstance(value, Real):
                 raise RewardError(f"reward '{name}' returned {value!r} for {c.text[:80]!r}; expected a finite number")
             scores.append(Score(float(value), {name: float(value)}))
+        require_finite(completions, scores, f"reward '{name}' returned")
         return scores
 
     return reward

@@ -26,16 +26,27 @@ METRICS: dict[str, Metric] = {
     "loss/total": Metric("nats", "sum over terms of coefficient * sum / count of the step"),
     "loss/nll": Metric("nats a token", "-mean log pi(y_t) over trained tokens of the step"),
     "loss/ranking": Metric("nats a prompt", "mean over prompts of the mean pair loss"),
+    "loss/preference": Metric("nats a pair", "mean over prompts of the mean loss of their pairs"),
     "loss/policy": Metric("a token", "mean over sampled tokens of the clipped surrogate"),
     "loss/value": Metric("reward^2", "mean over sampled tokens of the clipped value loss"),
     "accuracy/pairs": Metric("share", "pairs of the step ordered right, ties one half; prompts count equally"),
     "score/mean": Metric("reward", "mean score of the step's responses"),
+    "reward/chosen": Metric("reward", "beta * (logp/chosen - the reference's), averaged as the loss is"),
+    "reward/rejected": Metric("reward", "the same of rejected responses"),
+    "reward/margin": Metric("reward", "reward/chosen - reward/rejected"),
+    "logp/chosen": Metric("nats a response", "sum_t log pi(y_t) of chosen responses, averaged as the loss is"),
+    "logp/rejected": Metric("nats a response", "the same of rejected responses"),
     "reward/mean": Metric("reward", "mean over sampled responses of the reward before the KL penalty"),
     "reward/std": Metric("reward", "standard deviation of the same"),
     "kl/mean": Metric("nats a sequence", "mean over responses of sum_t (old_logp - ref_logp)"),
     "kl/update": Metric(
         "nats a token",
         "mean over sampled tokens of k3(old_logp, logp): how far updates moved from the sampler",
+    ),
+    "kl/data": Metric(
+        "nats a token",
+        "mean over response tokens of exp(d) - 1 - d, d = logp - ref_logp: the policy's distance from the reference on the "
+        "data, an estimate of KL(reference || policy) as far as the reference could have written them",
     ),
     "policy/entropy": Metric("nats a token", "mean over sampled tokens of -log pi(y_t) under the sampler"),
     "policy/clipped": Metric("share", "sampled tokens whose clipped branch is the larger"),
@@ -44,6 +55,14 @@ METRICS: dict[str, Metric] = {
     "length/mean": Metric("tokens", "mean length of sampled responses, stop token included"),
     "truncated/share": Metric("share", "sampled responses that ended by length"),
     "abstained/share": Metric("share", "sampled responses that the reward gave no score"),
+    "length/p95": Metric("tokens", "length that 95 % of sampled responses do not exceed"),
+    "kl/stop": Metric("nats a sequence", "the part of kl/mean that stands on stop tokens"),
+    "kl/after_stop": Metric(
+        "nats a sequence", "the part of kl/mean that stands on tokens after a stop token; 0 where sampling ends there"
+    ),
+    "groups/flat": Metric("share", "prompts whose sampled responses all have one reward"),
+    "groups/identical": Metric("share", "prompts whose sampled responses are all the same"),
+    "step/skipped": Metric("steps", "1 where the step was skipped because something was not finite"),
     "optim/lr": Metric("1", "learning rate of the step"),
     "optim/grad_norm": Metric("1", "norm of the gradient before clipping, over all roles"),
     "data/epoch": Metric("epochs", "passes over the rows or prompts"),
@@ -56,47 +75,69 @@ METRICS: dict[str, Metric] = {
 
 
 class JsonLines:
-    """Append-only JSON lines that can be cut back to a step, so that a resumed run repeats nothing.
+    """Append-only JSON lines that are cut back to a step, so that a resumed run repeats nothing.
 
-    Every line has an integer ``step``; ``flush`` also forces the file to disk.
+    Every line has an integer ``step``, and steps never fall.
     """
 
     def __init__(self, path: Path, keep_below: int) -> None:
         """Open ``path``, dropping lines whose step is ``keep_below`` or later (they are about to be made again)."""
         self.path = path
-        kept = []
-        if path.exists():
-            for line in path.read_text().split("\n"):  # not splitlines: JSON leaves U+2028 as it is
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError:  # the last line of a killed process
-                    break
-                if record["step"] < keep_below:
-                    kept.append(line)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".tmp")
-        partial.write_text("".join(f"{line}\n" for line in kept))
-        os.replace(partial, path)
-        self._file = path.open("a")
+        self._file = path.open("ab")
+        self._file.truncate(_length_below(path, keep_below))
+        self._file.seek(0, os.SEEK_END)
 
-    def write(self, step: int, record: Mapping[str, Any]) -> None:
-        """Append one record."""
-        self._file.write(json.dumps({"step": step, **record}, ensure_ascii=False) + "\n")
+    def write(self, step: int, *records: Mapping[str, Any]) -> None:
+        """Append records of a step."""
+        lines = [json.dumps({"step": step, **record}, ensure_ascii=False) + "\n" for record in records]
+        self._file.write("".join(lines).encode())
         self._file.flush()
+
+    def length(self) -> int:
+        """Bytes written."""
+        return self._file.tell()
+
+    def sync(self) -> None:
+        """Force to disk."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Force to disk and close."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with self._file:
+            self._file.flush()
+            self.sync()
+
+
+def _length_below(path: Path, step: int) -> int:
+    """Bytes of the whole lines before the first of ``step`` or later; a line that was cut off ends them."""
+    length = 0
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                if not line.endswith(b"\n") or json.loads(line)["step"] >= step:
+                    break
+            except ValueError:
+                break
+            length += len(line)
+    return length
 
 
 class MetricsLog:
     """``metrics.jsonl`` with registered keys only, mirrored to TensorBoard where that is installed."""
 
-    def __init__(self, directory: Path, keep_below: int) -> None:
-        """Open the log of a stage, cut back to ``keep_below``."""
+    def __init__(self, directory: Path, keep_below: int, expected: int | None = None) -> None:
+        """Open the log of a stage, cut back to ``keep_below``, where it should be ``expected`` bytes long.
+
+        Raises:
+            CheckError: it is not: lines from before the checkpoint are gone.
+        """
         self._lines = JsonLines(directory / "metrics.jsonl", keep_below)
+        if expected is not None and self._lines.length() != expected:
+            raise CheckError(
+                f"{self._lines.path} has {self._lines.length()} bytes before step {keep_below}, expected {expected}; it was "
+                "changed after the checkpoint: put it back, or start again in another directory"
+            )
         self._board = _tensorboard(directory / "tensorboard", keep_below)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -112,7 +153,15 @@ class MetricsLog:
                 raise CheckError(f"metric '{key}' is {value} at step {step}; expected a finite number")
             if self._board is not None:
                 self._board.add_scalar(key, value, step)
-        self._lines.write(step, dict(metrics))
+        self._lines.write(step, metrics)
+
+    def length(self) -> int:
+        """Bytes of ``metrics.jsonl``."""
+        return self._lines.length()
+
+    def sync(self) -> None:
+        """Force ``metrics.jsonl`` to disk."""
+        self._lines.sync()
 
     def close(self) -> None:
         """Close both logs."""

@@ -7,52 +7,36 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from posttrain.errors import CheckError
 from posttrain.forest import Batch, split
 from posttrain.models.policy import Model, forward_stats
-from posttrain.train.checkpoint import load_checkpoint, save_checkpoint
-from posttrain.train.log import MetricsLog
-from posttrain.train.objectives import Check, Objective
+from posttrain.train.checkpoint import Saver
+from posttrain.train.coupled import linearised
+from posttrain.train.diagnose import first_step
+from posttrain.train.distributed import Share, world
+from posttrain.train.guard import Guard, NonFinite, TooManySkipped, pooled, replay_if_asked, require_finite
+from posttrain.train.log import METRICS, MetricsLog
 from posttrain.train.optim import MasterAdamW, Optim, schedule_factor
-from posttrain.train.progress import bar, check_table
-
-
-class Source(Protocol):
-    """Where batches come from; one call a step."""
-
-    def __call__(self, step: int) -> Batch:
-        """The whole optimiser step's batch."""
-        ...
-
-    def metrics(self, step: int) -> Mapping[str, float]:
-        """What the source measured while it made that batch."""
-        ...
-
-    def resumable(self, step: int) -> bool:
-        """Whether a run may be continued from before ``step`` (not, say, between two updates on one set of samples)."""
-        ...
-
-    def state(self) -> Any:
-        """JSON state, beyond what follows from the step."""
-        ...
-
-    def load_state(self, state: Any) -> None:
-        """Restore it."""
-        ...
+from posttrain.train.progress import bar
+from posttrain.train.signals import finish_step
+from posttrain.train.sources import Source
+from posttrain.train.state import capture, restore
+from posttrain.train.terms import Objective
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """One training run: where it writes, how long it is, and the memory knob, which can't change a result.
 
-    ``max_tokens`` is the most packed tokens of one forward pass; ``save_every`` counts steps.
+    ``max_tokens`` is the most packed tokens of one forward pass; ``save_every`` counts steps. The newest ``keep`` checkpoints
+    stay, and the best by the metric ``best`` (``-NAME``: less is better). ``max_bad_steps`` steps in a row that are not
+    finite end the run.
     """
 
     directory: Path
@@ -61,6 +45,9 @@ class Run:
     save_every: int
     console: Console
     title: str = "train"
+    keep: int = 2
+    best: str = ""
+    max_bad_steps: int = 3
 
 
 Hook = Callable[[int, Mapping[str, float]], None]
@@ -81,55 +68,69 @@ def fit(
     packing and micro-batches can't change it. Hooks hear every step's metrics.
 
     Raises:
-        CheckError: a self-check of the first step failed, or a loss or gradient is not finite; weights are unchanged.
+        CheckError: a self-check of the first step failed, or too many steps in a row were skipped (`posttrain.train.guard`);
+            weights are as they were before them.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, after the step was finished and saved.
+        OSError: a checkpoint could not be written; those before it are as they were.
     """
     optimizer = MasterAdamW({role: model.parameters() for role, model in models.items()}, optim)
-    start = _restore(run, optimizer, source)
-    log = MetricsLog(run.directory, start)
+    place = run.directory / "checkpoints"
+    start, length = restore(place, run.title, run.steps, optimizer, source, objective, run.console)
+    world().agree(start, "start of the run")
+    guard = Guard(models, objective, source, optimizer, run, partial(_stats, models, objective))
+    guard.go_on(start)
+    replay_if_asked(guard)
+    log = MetricsLog(run.directory, start, length)
     with ExitStack() as stack:
         stack.callback(log.close)
+        saver = stack.enter_context(
+            Saver(world().own(place), start=start, keep=run.keep, best=run.best, known=list(METRICS))
+        )
         advance = stack.enter_context(bar(run.console, run.title, start, run.steps))
+        stopping = stack.enter_context(finish_step())
         for step in range(start, run.steps):
             began = time.perf_counter()
-            batch = source(step)
-            parts = split(batch, run.max_tokens, objective.whole_groups)
-            if step == start:
-                _check(models, objective, next((p for p in parts if _has_targets(p, objective)), parts[0]), run)
-            metrics = _accumulate(models, objective, batch, parts, step)
-            factor = schedule_factor(optim, step, run.steps)
-            metrics["optim/grad_norm"] = optimizer.step(factor)
-            metrics["optim/lr"] = factor * optim.lr
-            metrics |= source.metrics(step)
-            metrics |= _clock(began, batch)
+            try:
+                metrics = guard.attempt(step, partial(_update, guard, optim, run, first=step == start))
+            except TooManySkipped:
+                if world().writes and step > start:
+                    saver.save(step, optimizer.tensors(), capture(source, objective, log.length()), {}, first=log.sync)
+                raise
+            metrics |= _clock(began, metrics)
             log.write(step, metrics)
             for hook in hooks:
                 hook(step, metrics)
             advance(metrics)
             done = step + 1
-            if source.resumable(done) and (done % run.save_every == 0 or done == run.steps):
-                state = {"source": source.state()}
-                save_checkpoint(run.directory / "checkpoints", done, optimizer.tensors(), state)
+            saver.check()
+            stop = any(world().gather(bool(stopping()), f"end of step {step}"))
+            if world().writes and (stop or done % run.save_every == 0 or done == run.steps):
+                source.forget(saver.oldest())
+                state = capture(source, objective, log.length())
+                saver.save(done, optimizer.tensors(), state, metrics, first=log.sync)
+            if stop:
+                saver.join()
+                break
 
 
-def _restore(run: Run, optimizer: MasterAdamW, source: Source) -> int:
-    """Load the newest good checkpoint, if any; returns the step to go on from."""
-    found = load_checkpoint(run.directory / "checkpoints")
-    if found is None:
-        return 0
-    step, tensors, state, faults = found
-    for fault in faults:
-        run.console.print(f"[yellow]{fault}[/]")
-    if step < 0:
-        return 0
-    optimizer.load(tensors)
-    source.load_state(state["source"])
-    run.console.print(f"[dim]{run.title}: continuing after step {step} of {run.steps}[/]")
-    return step
-
-
-def _has_targets(part: Batch, objective: Objective) -> bool:
-    """Whether the objective's mask leaves a micro-batch anything to read."""
-    return objective.mask is None or bool(part.forest.masks[objective.mask].any())
+def _update(guard: Guard, optim: Optim, run: Run, step: int, batch: Batch, *, first: bool) -> dict[str, float]:
+    """One optimiser step on a batch, of which this rank computes its share; returns its metrics."""
+    models, objective, source = guard.models, guard.objective, guard.source
+    if first and source.fresh(step):
+        first_step(models, objective, source, batch, guard.stats_of, run, step)
+    share = world().share(batch)
+    parts = split(share.batch, run.max_tokens, objective.whole_groups) if share.batch else []
+    terms, finding = dict[str, float](), None
+    try:
+        terms = _accumulate(models, objective, batch, parts, step, share)
+    except NonFinite as fault:
+        finding = fault.finding
+    metrics = pooled(terms, finding, step)
+    world().sum_gradients(models, f"gradients of step {step}")
+    factor = schedule_factor(optim, step, run.steps)
+    metrics["optim/grad_norm"] = guard.optimizer.step(factor)
+    metrics["optim/lr"] = factor * optim.lr
+    return metrics | source.metrics(step) | {"speed/tokens": float(len(batch.forest.ids))}
 
 
 def _stats(models: Mapping[str, Model], objective: Objective, part: Batch) -> dict[str, dict[str, Tensor]]:
@@ -141,29 +142,27 @@ def _stats(models: Mapping[str, Model], objective: Objective, part: Batch) -> di
     }
 
 
-def _check(models: Mapping[str, Model], objective: Objective, part: Batch, run: Run) -> None:
-    """Print the table of self-checks on the first micro-batch, and refuse to train if one fails."""
-    with torch.no_grad():
-        checks: list[Check] = objective.check(_stats(models, objective, part), part)
-    run.console.print(check_table(run.title, checks))
-    failed = [c for c in checks if c.ok is False]
-    if failed:
-        lines = "; ".join(f"{c.name}: got {c.value}, expected {c.expected}" for c in failed)
-        raise CheckError(f"{run.title}: a check of the first step failed, nothing was trained: {lines}")
-
-
 def _accumulate(
-    models: Mapping[str, Model], objective: Objective, batch: Batch, parts: Sequence[Batch], step: int
+    models: Mapping[str, Model],
+    objective: Objective,
+    batch: Batch,
+    parts: Sequence[Batch],
+    step: int,
+    share: Share | None = None,
 ) -> dict[str, float]:
     """Back-propagate every micro-batch into the same gradients; returns the terms, each divided by its count."""
     totals: dict[str, Tensor] = {}
     loss_total = torch.zeros((), dtype=torch.float64)
+    stats_of = partial(_stats, models, objective)
+    terms_of = (
+        linearised(objective, stats_of, batch, parts, share, f"statistics of step {step}")
+        if objective.coupled
+        else objective
+    )
     for part in parts:
-        terms = objective(_stats(models, objective, part), part)
-        losses = [t.coefficient * t.sum / batch.counts[t.unit] for t in terms.values() if t.coefficient]
-        loss = torch.stack([x.double() for x in losses]).sum()
-        if not torch.isfinite(loss):
-            raise CheckError(f"the loss is {loss.item()} at step {step}; weights are unchanged")
+        stats = stats_of(part)
+        terms = terms_of(stats, part)
+        loss = require_finite(objective, part, stats, terms, batch.counts)
         if loss.requires_grad:
             loss.backward()
         loss_total += loss.detach().cpu()
@@ -173,8 +172,8 @@ def _accumulate(
     return {"loss/total": float(loss_total)} | {name: float(value) for name, value in totals.items()}
 
 
-def _clock(began: float, batch: Batch) -> dict[str, float]:
+def _clock(began: float, metrics: Mapping[str, float]) -> dict[str, float]:
     """Time, speed and memory of a step; the only metrics that differ between equal runs."""
     seconds = time.perf_counter() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
-    return {"time/step": seconds, "speed/tokens": len(batch.forest.ids) / seconds, "memory/peak": peak}
+    return {"time/step": seconds, "speed/tokens": metrics.get("speed/tokens", 0.0) / seconds, "memory/peak": peak}

@@ -1,94 +1,51 @@
-"""Objectives: what a step minimises. Each returns sums with a unit; the loop divides them by the step's counts, once."""
+"""Objectives: what a step minimises."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from posttrain.forest import Batch
-from posttrain.losses.policy import TokenTerms, clipped, ppo_clip, ratio, value_clip
-from posttrain.losses.reward import bradley_terry, pair_weights
+from posttrain.losses import PairLogps, preference
+from posttrain.losses.policy import TokenTerms, clipped, policy_losses, ppo_clip, ratio, value_clip
+from posttrain.losses.preference import margin
+from posttrain.losses.reward import bradley_terry
 from posttrain.ops.kl import k3
-from posttrain.ops.masked import masked_sum
+from posttrain.ops.masked import masked_sum, segment_sum
+from posttrain.registry import Registry, keyword_defaults
+from posttrain.train.terms import Check, Stats, Term, branch_weight, ordered_right, pair_shares, stop_check
 
-Stats = Mapping[str, Mapping[str, Tensor]]  # role -> statistic -> tensor
-
-
-@dataclass(frozen=True)
-class Term:
-    """A sum over this micro-batch, the unit whose count over the step divides it, and its weight (0 = only logged)."""
-
-    sum: Tensor
-    unit: str
-    coefficient: float = 1.0
+objectives = Registry("objective")
+"""Every objective; facts: ``columns`` that its batches carry beside the forest, ``losses`` that it can be given."""
 
 
-@dataclass(frozen=True)
-class Check:
-    """A line of the step-0 table; ``ok`` None = printed without a verdict."""
-
-    name: str
-    value: str
-    expected: str
-    ok: bool | None
-
-
-class Objective(Protocol):
-    """What `posttrain.train.loop.fit` needs of an objective."""
-
-    @property
-    def reads(self) -> Mapping[str, frozenset[str]]:
-        """Statistics wanted of each trained role."""
-        ...
-
-    @property
-    def mask(self) -> str | None:
-        """The mask outside which token statistics are not computed."""
-        ...
-
-    @property
-    def temperature(self) -> float:
-        """What logits are divided by."""
-        ...
-
-    @property
-    def whole_groups(self) -> bool:
-        """Whether the responses of one prompt must stand in one micro-batch."""
-        ...
-
-    def __call__(self, stats: Stats, batch: Batch) -> dict[str, Term]:
-        """Terms of a micro-batch, by metric name."""
-        ...
-
-    def check(self, stats: Stats, batch: Batch) -> list[Check]:
-        """What must hold on the first micro-batch, before anything is changed."""
-        ...
-
-
+@objectives.register("supervised", columns=("weight",))
 @dataclass(frozen=True)
 class Supervised:
-    """Negative log-likelihood ``-sum log pi(y_t) / trained tokens of the step``, nats a token."""
+    """Negative log-likelihood ``-sum w log pi(y_t) / sum w`` over trained tokens of the step, w the row's weight; nats a token."""
 
     reads = {"policy": frozenset({"logp"})}  # noqa: RUF012
     mask = "loss"
     temperature = 1.0
     whole_groups = False
+    coupled = False
 
     def __call__(self, stats: Stats, batch: Batch) -> dict[str, Term]:
         """The loss over the "loss" mask."""
-        return {"loss/nll": Term(-masked_sum(stats["policy"]["logp"], batch.forest.masks["loss"]), "tokens")}
+        logp = stats["policy"]["logp"]
+        weighted = logp * branch_weight(batch, logp.dtype)[batch.forest.branch]
+        return {"loss/nll": Term(-masked_sum(weighted, batch.forest.masks["loss"]), "tokens")}
 
-    def check(self, stats: Stats, batch: Batch) -> list[Check]:
+    def check(self, stats: Stats, batch: Batch, step: int) -> list[Check]:
         """Every response has trained tokens, and the last of each that was not cut is trained (it is the stop token)."""
         forest = batch.forest
         mask = forest.masks["loss"]
         trained = torch.zeros(len(forest.end), dtype=torch.long).index_add(0, forest.branch, mask.long())
-        last = forest.lengths.cumsum(0) - 1
-        stops = int((mask[last] | forest.truncated).sum())
         share = float(mask.float().mean())
         nll = float(-masked_sum(stats["policy"]["logp"].detach(), mask) / mask.sum().clamp(min=1))
         return [
@@ -98,11 +55,12 @@ class Supervised:
                 "every response has some",
                 bool((trained > 0).all()),
             ),
-            Check("stop token trained", f"{stops} of {len(last)} responses", "all", stops == len(last)),
+            stop_check(forest, mask),
             Check("start loss", f"{nll:.3f} nats a token", "", None),
         ]
 
 
+@objectives.register("reward_model", columns=("rank", "weight"))
 @dataclass(frozen=True)
 class RewardModel:
     """A loss over the scores of each prompt's ranked responses, averaged over prompts; each response is forwarded once."""
@@ -112,23 +70,25 @@ class RewardModel:
     mask = None
     temperature = 1.0
     whole_groups = True
+    coupled = False
 
     def __call__(self, stats: Stats, batch: Batch) -> dict[str, Term]:
         """The loss, the share of pairs ordered right, and the mean score."""
         score, rank, group = stats["reward"]["score"], batch.branches["rank"], batch.forest.group
-        better, worse, weight = pair_weights(rank, group, score.dtype)
+        better, worse, share = pair_shares(batch, score.dtype)
+        row = branch_weight(batch, score.dtype)[better]
         gap = (score[better] - score[worse]).detach()
-        right = (gap > 0).to(score.dtype) + 0.5 * (gap == 0).to(score.dtype)
         return {
-            "loss/ranking": Term(self.loss(score, rank, group).sum(), "prompts"),
-            "accuracy/pairs": Term((right * weight).sum(), "prompts", 0.0),
+            "loss/ranking": Term((self.loss(score, rank, group) * row).sum(), "prompts"),
+            "accuracy/pairs": Term((ordered_right(gap) * share).sum(), "prompts", 0.0),
             "score/mean": Term(score.detach().sum(), "branches", 0.0),
         }
 
-    def check(self, stats: Stats, batch: Batch) -> list[Check]:
+    def check(self, stats: Stats, batch: Batch, step: int) -> list[Check]:
         """Scores are finite and the untrained loss is near that of a coin, log 2."""
         score = stats["reward"]["score"].detach()
-        loss = float(self(stats, batch)["loss/ranking"].sum) / len(batch.forest.trees)
+        _, _, share = pair_shares(batch, score.dtype)
+        loss = float(self(stats, batch)["loss/ranking"].sum / share.sum())
         return [
             Check(
                 "scores finite",
@@ -140,6 +100,7 @@ class RewardModel:
         ]
 
 
+@objectives.register("policy_gradient", columns=("old_logp", "advantage", "old_value", "return"), losses=policy_losses)
 @dataclass(frozen=True, kw_only=True)
 class PolicyGradient:
     """A policy loss a sampled token, averaged over the step's tokens, and a clipped value loss for the critic if there is one.
@@ -155,6 +116,7 @@ class PolicyGradient:
     ratio_tolerance: float = 1e-4
     mask = "sampled"
     whole_groups = False
+    coupled = False
 
     @property
     def reads(self) -> Mapping[str, frozenset[str]]:
@@ -183,7 +145,7 @@ class PolicyGradient:
             out["loss/value"] = Term(masked_sum(loss, mask), "tokens")
         return out
 
-    def check(self, stats: Stats, batch: Batch) -> list[Check]:
+    def check(self, stats: Stats, batch: Batch, step: int) -> list[Check]:
         """The sampler's distribution is the trainer's: the ratio is 1 before the first update, within the dtype's tolerance."""
         mask = batch.forest.masks["sampled"]
         gap = (stats["policy"]["logp"].detach() - batch.tokens["old_logp"])[mask]
@@ -202,6 +164,110 @@ class PolicyGradient:
                 f"{batch.tokens['advantage'][mask].mean():+.3f}",
                 "finite",
                 bool(batch.tokens["advantage"].isfinite().all()),
+            ),
+        ]
+
+
+@objectives.register("preference", columns=("rank", "weight", "ref_logp"), losses=preference)
+@dataclass(frozen=True)
+class Preference:
+    """A loss of pairs of responses to one prompt, averaged over a prompt's pairs and then over prompts by their weight.
+
+    Rankings of K responses give every pair of different rank; each response is forwarded once. Batches carry ``rank``
+    and ``weight`` ``[B]`` and ``ref_logp`` ``[M]``, the reference's log-probabilities. ``loss`` is a name in
+    `posttrain.losses.preference` or such a function, ``options`` its keyword arguments. ``tolerance`` in nats bounds the
+    margin that rounding alone may give a policy that is its own reference.
+    """
+
+    loss: str | Callable[..., Tensor] = "dpo"
+    options: Mapping[str, float] = field(default_factory=dict[str, float])
+    tolerance: float = 1e-3
+    reads = {"policy": frozenset({"logp"})}  # noqa: RUF012
+    mask = "loss"
+    temperature = 1.0
+    whole_groups = True
+
+    @cached_property
+    def bound(self) -> Callable[[PairLogps], Tensor]:
+        """The loss with its options fixed."""
+        return preference.bound(self.loss, self.options)
+
+    @cached_property
+    def beta(self) -> float:
+        """What turns log-ratios into implicit rewards: the loss's ``beta``, 1 if it has none."""
+        function = preference[self.loss] if isinstance(self.loss, str) else self.loss
+        return float((keyword_defaults(function) | dict(self.options)).get("beta", 1.0))
+
+    @property
+    def coupled(self) -> bool:
+        """As the loss was registered."""
+        return bool(preference.facts(self.loss).get("coupled", False))
+
+    def pairs(self, stats: Stats, batch: Batch) -> tuple[PairLogps, Tensor]:
+        """All pairs of the batch, and each one's share of the sum over prompts, ``[P]``; float64.
+
+        Sums are taken in float64: margins are small differences of large sums.
+        """
+        forest, mask = batch.forest, batch.forest.masks["loss"]
+        better, worse, share = pair_shares(batch, torch.float64)
+        logp, ref, length = (
+            segment_sum(torch.where(mask, x.double(), 0.0), forest.branch, len(forest.end))
+            for x in (stats["policy"]["logp"], batch.tokens["ref_logp"], mask)
+        )
+        pairs = PairLogps(
+            chosen=logp[better],
+            rejected=logp[worse],
+            ref_chosen=ref[better],
+            ref_rejected=ref[worse],
+            chosen_len=length[better],
+            rejected_len=length[worse],
+        )
+        return pairs, share
+
+    def __call__(self, stats: Stats, batch: Batch) -> dict[str, Term]:
+        """The loss, implicit rewards, the share of pairs they order right, and how far the policy is from the reference."""
+        pairs, share = self.pairs(stats, batch)
+        chosen = self.beta * (pairs.chosen - pairs.ref_chosen).detach()
+        rejected = self.beta * (pairs.rejected - pairs.ref_rejected).detach()
+        logged = {
+            "reward/chosen": chosen,
+            "reward/rejected": rejected,
+            "reward/margin": chosen - rejected,
+            "accuracy/pairs": ordered_right(chosen - rejected),
+            "logp/chosen": pairs.chosen.detach(),
+            "logp/rejected": pairs.rejected.detach(),
+        }
+        logp = stats["policy"]["logp"].detach()
+        weight = branch_weight(batch, logp.dtype)[batch.forest.branch]
+        drift = k3(batch.tokens["ref_logp"].to(logp.dtype), logp) * weight
+        return {
+            "loss/preference": Term((self.bound(pairs) * share).sum(), "prompts"),
+            **{name: Term((x * share).sum(), "prompts", 0.0) for name, x in logged.items()},
+            "kl/data": Term(masked_sum(drift, batch.forest.masks["loss"]), "tokens", 0.0),
+        }
+
+    def check(self, stats: Stats, batch: Batch, step: int) -> list[Check]:
+        """A run begins at the reference: every margin is 0, and the loss has the value it declares there."""
+        pairs, share = self.pairs(stats, batch)
+        apart = float(margin(pairs).detach().abs().max())
+        loss = float((self.bound(pairs).detach() * share).sum() / share.sum())
+        declared = preference.facts(self.loss).get("at_reference")
+        begins = step == 0
+        near = None if declared is None else abs(loss - declared) <= 1e-9 + self.beta * self.tolerance
+        return [
+            Check("pairs", f"{len(share)}, each prompt computed once", "", None),
+            stop_check(batch.forest, batch.forest.masks["loss"]),
+            Check(
+                "margin to the reference",
+                f"at most {apart:.1e} nats",
+                f"0 within {self.tolerance:g}" if begins else "",
+                apart <= self.tolerance if begins else None,
+            ),
+            Check(
+                "start loss",
+                f"{loss:.6f} nats a pair",
+                f"{declared:.6f} at the reference" if begins and declared is not None else "",
+                near if begins else None,
             ),
         ]
 

@@ -50,6 +50,10 @@ def schedule_factor(optim: Optim, step: int, steps: int) -> float:
     raise ConfigError(f"unknown schedule '{optim.schedule}'; expected constant, linear or cosine")
 
 
+class NonFiniteGradient(CheckError):
+    """A gradient whose norm is NaN or infinite; nothing was changed."""
+
+
 class MasterAdamW:
     """torch's AdamW on fp32 copies of narrower parameters; fp32 and fp64 parameters are their own masters."""
 
@@ -73,7 +77,7 @@ class MasterAdamW:
         """Clip, update, clear gradients; returns the norm of all gradients before clipping.
 
         Raises:
-            CheckError: the gradient is not finite; nothing was changed.
+            NonFiniteGradient: nothing was changed.
         """
         norms: list[float] = []
         for role, named in self.roles.items():
@@ -84,20 +88,26 @@ class MasterAdamW:
             norms.append(float(nn.utils.clip_grad_norm_(masters, self.optim.clip)))
         total = math.sqrt(sum(n * n for n in norms))
         if not math.isfinite(total):
-            raise CheckError(
+            raise NonFiniteGradient(
                 f"the gradient's norm is {total} ({dict(zip(self.roles, norms, strict=True))}); weights are unchanged"
             )
         for group in self.inner.param_groups:
             group["lr"] = factor * self.optim.role_lr.get(group["name"], self.optim.lr)
         self.inner.step()
-        self.inner.zero_grad(set_to_none=True)
         for role, named in self.roles.items():
             for name, parameter in named.items():
                 master = self.masters[role][name]
                 if master is not parameter:
                     parameter.data.copy_(master)
-                    parameter.grad = None
+        self.clear()
         return total
+
+    def clear(self) -> None:
+        """Drop all gradients."""
+        self.inner.zero_grad(set_to_none=True)
+        for named in self.roles.values():
+            for parameter in named.values():
+                parameter.grad = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Masters and moments by flat name, for a checkpoint."""
@@ -115,6 +125,10 @@ class MasterAdamW:
         Raises:
             CheckError: the checkpoint is of other parameters.
         """
+        for key in tensors:
+            role, _, name = key.split("/", 2)
+            if name not in self.masters.get(role, {}):
+                raise CheckError(f"the checkpoint has '{key}', which is not trained here; it is of another model")
         for role, masters in self.masters.items():
             for name, master in masters.items():
                 key = f"{role}/master/{name}"

@@ -16,12 +16,14 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from posttrain.train.objectives import Check
+from posttrain.train.terms import Check
 
 SHOWN = {
     "loss/nll": "nll {:.3f}",
     "loss/ranking": "loss {:.3f}",
+    "loss/preference": "loss {:.3f}",
     "accuracy/pairs": "pairs {:.0%}",
+    "reward/margin": "margin {:+.3f}",
     "reward/mean": "reward {:+.2f}",
     "kl/mean": "kl {:.2f}",
     "length/mean": "len {:.0f}",

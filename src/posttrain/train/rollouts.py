@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,15 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain.errors import ConfigError, RewardError
+from posttrain.errors import CheckError, ConfigError, RewardError
 from posttrain.forest import Batch, Branch, Row, build_forest, split, take
 from posttrain.losses.advantages import gae, token_reward
 from posttrain.models.policy import Model, forward_stats
 from posttrain.ops.masked import masked_mean, segment_sum, to_padded, whiten
-from posttrain.rewards.base import Completion, Reward
+from posttrain.rewards.base import Completion, Reward, require_finite
 from posttrain.rollout.engine import Engine, Request, Rollout, Sampling
+from posttrain.train.journal import Journal
+from posttrain.train.signs import signs
 from posttrain.train.sources import shuffled
-from posttrain.types import Example
+from posttrain.train.streams import random_streams, restore_streams
+from posttrain.types import Example, stable_hash
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,8 @@ class RolloutSource:
     """Fresh samples of the policy every ``plan.updates`` steps, with everything a policy-gradient loss reads.
 
     ``value`` None = no critic: advantages are then returns-to-go. ``on_samples`` receives what ``samples.jsonl`` keeps.
+    ``journal`` keeps rollouts, scores and values before they are used, so that a run goes on from any step; one without a
+    directory keeps nothing, and a run then goes on from between rollouts only.
     """
 
     plan: Plan
@@ -82,29 +86,53 @@ class RolloutSource:
     value: Model | None
     decode: Callable[[Sequence[int]], str]
     on_samples: Callable[[int, list[dict[str, Any]]], None] = lambda step, samples: None
+    journal: Journal = field(default_factory=Journal)
+    _tried: int | None = None  # the step at which the newest rollout began
+    _begun: int | None = None  # the same, once it is at hand
+    _next: int = 0
     _pending: list[Batch] = field(default_factory=list[Batch])
     _metrics: dict[str, float] = field(default_factory=dict[str, float])
 
     def __call__(self, step: int) -> Batch:
         """The batch of an update; samples anew at the first update of each rollout."""
-        if step % self.plan.updates == 0:
-            self._collect(step)
-        return self._pending[step % self.plan.updates]
+        share = step % self.plan.updates
+        if share == 0:
+            self._collect(step, again=False)
+        elif self._begun != step - share and self._tried == step - share:
+            self._collect(
+                step - share, again=False
+            )  # its first update was skipped, so the policy is the one that samples
+        elif self._begun != step - share:
+            if not self.journal.holds(step - share):
+                raise CheckError(
+                    f"step {step} wants more of a rollout that was not journalled; resume from between rollouts"
+                )
+            streams = random_streams()  # what scoring drew from them lies before the checkpoint
+            self._collect(step - share, again=True)
+            restore_streams(streams)
+        self._next = step + 1
+        return self._pending[share]
 
     def metrics(self, step: int) -> Mapping[str, float]:
         """What the rollout of this step measured; given once, at its first update."""
-        return self._metrics if step % self.plan.updates == 0 else {}
+        return self._metrics if self.fresh(step) else {}
 
-    def resumable(self, step: int) -> bool:
-        """Between rollouts only."""
+    def fresh(self, step: int) -> bool:
+        """At the first update on each rollout."""
         return step % self.plan.updates == 0
 
+    def forget(self, step: int) -> None:
+        """Delete records of rollouts that were used up before ``step``."""
+        self.journal.forget(step - self.plan.updates + 1)
+
     def state(self) -> Any:
-        """None: prompts and draws follow from the step."""
-        return None
+        """Where the journal has the rollout that is in use; None between rollouts: all else follows from the step."""
+        return None if self.fresh(self._next) or self._begun is None else self.journal.state(self._begun)
 
     def load_state(self, state: Any) -> None:
-        """Nothing to restore."""
+        """See that the journal has the rollout that was in use; it is replayed when its next share is wanted."""
+        if state is not None:
+            self.journal.require(state)
 
     def prompt_indices(self, rollout: int) -> list[int]:
         """The prompts of a rollout: epochs in new orders, cut into runs of ``plan.prompts`` without a gap."""
@@ -116,9 +144,10 @@ class RolloutSource:
             out.append(orders.setdefault(epoch, shuffled(size, self.plan.seed, epoch))[within])
         return out
 
-    def _collect(self, step: int) -> None:
-        """Sample, score and cut one rollout."""
+    def _collect(self, step: int, *, again: bool) -> None:
+        """Sample, score and cut one rollout, from the journal as far as it got; ``again`` = its samples were recorded."""
         plan = self.plan
+        self._tried = step
         indices = self.prompt_indices(step // plan.updates)
         began = time.perf_counter()
         rollouts = self._sample(step, indices)
@@ -134,15 +163,16 @@ class RolloutSource:
             )
             for i, r in enumerate(rollouts)
         ]
-        scores = self._scores(completions)
-        batch = self._advantages(rollouts, scores)
+        scores = self.journal.once(step, "scores", lambda: self._scores(completions))
+        batch = self._advantages(step, rollouts, scores)
         self._metrics |= {
             "time/generate": sampled - began,
             "time/score": time.perf_counter() - sampled,
             "data/epoch": (step // plan.updates + 1) * plan.prompts / len(self.examples),
         }
-        self._pending = _updates(batch, plan.updates)
-        self.on_samples(step, self._records(completions, scores, batch))
+        self._pending, self._begun = _updates(batch, plan.updates), step
+        if not again:
+            self.on_samples(step, self._records(completions, scores, batch))
 
     def _sample(self, step: int, indices: Sequence[int]) -> list[Rollout]:
         """``samples`` responses of each prompt, in prompt order."""
@@ -154,7 +184,13 @@ class RolloutSource:
             for sample in range(self.plan.samples):
                 key = (self.plan.seed, step, name, occurrence, sample)
                 requests.append(Request(tuple(self.prompt_ids[index]), key))
-        return self.engine.generate(requests, self.plan.sampling)
+
+        def generate() -> list[Any]:
+            return [(r.ids, r.logp, r.stopped) for r in self.engine.generate(requests, self.plan.sampling)]
+
+        asked = stable_hash([[r.ids, r.key] for r in requests] + [vars(self.plan.sampling)])
+        found = self.journal.once(step, f"rollouts {asked}", generate)
+        return [Rollout(q, tuple(ids), tuple(logp), end) for q, (ids, logp, end) in zip(requests, found, strict=True)]
 
     def _scores(self, completions: Sequence[Completion]) -> list[float | None]:
         """The reward of each response, a cut one's replaced if the plan says so."""
@@ -163,18 +199,14 @@ class RolloutSource:
             raise RewardError(
                 f"the reward gave {len(scores)} scores for {len(completions)} responses; expected one each"
             )
-        for c, s in zip(completions, scores, strict=True):
-            if s.value is not None and not math.isfinite(s.value):
-                raise RewardError(
-                    f"the reward gave {s.value} for {c.text[:80]!r}; expected a finite number, or None to abstain"
-                )
+        require_finite(completions, scores)
         cut = self.plan.cut_score
         values = [cut if c.truncated and cut is not None else s.value for c, s in zip(completions, scores, strict=True)]
         if all(v is None for v in values):
             raise RewardError("the reward abstained on every response of the rollout; there is nothing to learn from")
         return values
 
-    def _advantages(self, rollouts: Sequence[Rollout], scores: Sequence[float | None]) -> Batch:
+    def _advantages(self, step: int, rollouts: Sequence[Rollout], scores: Sequence[float | None]) -> Batch:
         """The rollout as one batch with log-probabilities, values, returns and whitened advantages a token.
 
         Responses without a score are masked out: they enter no mean, no whitening and no loss.
@@ -193,8 +225,7 @@ class RolloutSource:
         wide = torch.promote_types(self.reference.net.dtype, torch.float32)
         old = torch.tensor([x for r in rollouts for x in r.logp], dtype=wide)
         batch = Batch(forest, {"old_logp": old}, {}, {})
-        ref = self._evaluate(batch, self.reference, "logp")
-        value = self._evaluate(batch, self.value, "value") if self.value is not None else torch.zeros_like(old)
+        ref, value = torch.tensor(self.journal.once(step, "ref_logp, value", lambda: self._passes(batch)), dtype=wide)
         size = len(rollouts)
         score = torch.tensor([0.0 if s is None else s for s in scores], dtype=wide)
         columns = {k: to_padded(x, forest.branch, size)[0] for k, x in {"old": old, "ref": ref, "value": value}.items()}
@@ -211,7 +242,16 @@ class RolloutSource:
             "old_value": value,
         }
         self._metrics = _rollout_metrics(rollouts, scores, forest.branch, keep, tokens)
+        self._metrics |= signs(
+            batch, rollouts, scores, plan.samples, tokens, getattr(self.engine, "stop_ids", frozenset())
+        )
         return Batch(forest, tokens, {"reward": score}, {})
+
+    def _passes(self, batch: Batch) -> list[list[float]]:
+        """Log-probabilities under the reference and the critic's values, 0 without one, a target each."""
+        ref = self._evaluate(batch, self.reference, "logp")
+        value = self._evaluate(batch, self.value, "value") if self.value is not None else torch.zeros_like(ref)
+        return [ref.tolist(), value.tolist()]
 
     def _evaluate(self, batch: Batch, model: Model, name: str) -> Tensor:
         """One statistic a target under a model, without gradient."""

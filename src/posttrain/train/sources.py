@@ -2,15 +2,45 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from posttrain.errors import ConfigError
-from posttrain.forest import Batch, Row, build_forest
+from posttrain.forest import Batch, Forest, Row, build_forest
+
+
+class Source(Protocol):
+    """Where `posttrain.train.loop.fit` gets batches from; one call a step."""
+
+    def __call__(self, step: int) -> Batch:
+        """The whole optimiser step's batch."""
+        ...
+
+    def metrics(self, step: int) -> Mapping[str, float]:
+        """What the source measured while it made that batch."""
+        ...
+
+    def fresh(self, step: int) -> bool:
+        """Whether the step's batch is made with the weights that it then trains (not so at the second update on samples)."""
+        ...
+
+    def forget(self, step: int) -> None:
+        """No run will go on from before ``step``: what only that would need may go."""
+        ...
+
+    def state(self) -> Any:
+        """JSON state with which to go on after the last batch, beyond what follows from the step."""
+        ...
+
+    def load_state(self, state: Any) -> None:
+        """Restore it; raises `posttrain.train.checkpoint.Unusable` where something that it needs is gone."""
+        ...
 
 
 def shuffled(count: int, seed: int, epoch: int) -> list[int]:
@@ -50,9 +80,12 @@ class DataSource:
         """How far into the data a step is."""
         return {"data/epoch": (step + 1) / self.steps_per_epoch}
 
-    def resumable(self, step: int) -> bool:
-        """Always: a step's rows follow from its number."""
+    def fresh(self, step: int) -> bool:
+        """Always: rows are as they are."""
         return True
+
+    def forget(self, step: int) -> None:
+        """Nothing is kept."""
 
     def state(self) -> Any:
         """None: everything follows from the step."""
@@ -62,24 +95,71 @@ class DataSource:
         """Nothing to restore."""
 
 
-def demonstration_source(rows: Sequence[Row], *, per_step: int, seed: int) -> DataSource:
-    """Demonstrations; counts tokens under the "loss" mask."""
+def demonstration_source(
+    rows: Sequence[Row], *, per_step: int, seed: int, weights: Sequence[float] | None = None
+) -> DataSource:
+    """Demonstrations, ``weights`` one a row (1 if not given); counts weighted tokens under the "loss" mask."""
+    used, weight = weighted_rows(len(rows), weights)
 
     def make(indices: Sequence[int]) -> Batch:
-        forest = build_forest([rows[i] for i in indices])
-        counts = {"tokens": float(forest.masks["loss"].sum()), "branches": float(len(forest.end))}
-        return Batch(forest, {}, {}, counts)
+        forest, w = _forest(rows, weight, [used[i] for i in indices])
+        counts = {"tokens": _tokens(forest, w), "branches": float(len(forest.end))}
+        return Batch(forest, {}, {"weight": w}, counts)
 
-    return DataSource(len(rows), per_step, seed, make)
+    return DataSource(len(used), per_step, seed, make)
 
 
-def ranking_source(rows: Sequence[Row], ranks: Sequence[Sequence[int]], *, per_step: int, seed: int) -> DataSource:
-    """Ranked responses, ``ranks[row][response]`` with 0 = best; counts prompts and responses."""
+def ranking_source(
+    rows: Sequence[Row],
+    ranks: Sequence[Sequence[int]],
+    *,
+    per_step: int,
+    seed: int,
+    weights: Sequence[float] | None = None,
+    ref_logp: Sequence[Tensor] | None = None,
+) -> DataSource:
+    """Ranked responses, ``ranks[row][response]`` with 0 = best; pairs are rankings of two.
+
+    Counts prompts and tokens by weight, and responses. ``weights`` are one a row (1 if not given); ``ref_logp`` one
+    tensor a row, the reference's log-probabilities of all its responses' tokens (`posttrain.train.reference`).
+    """
+    used, weight = weighted_rows(len(rows), weights)
 
     def make(indices: Sequence[int]) -> Batch:
-        forest = build_forest([rows[i] for i in indices])
-        rank = torch.tensor([r for i in indices for r in ranks[i]])
-        counts = {"prompts": float(len(indices)), "branches": float(len(forest.end))}
-        return Batch(forest, {}, {"rank": rank}, counts)
+        chosen = [used[i] for i in indices]
+        forest, w = _forest(rows, weight, chosen)
+        rank = torch.tensor([r for i in chosen for r in ranks[i]])
+        counts = {"prompts": sum(weight[i] for i in chosen), "branches": float(len(forest.end))}
+        tokens: dict[str, Tensor] = {}
+        if ref_logp is not None:
+            tokens = {"ref_logp": torch.cat([ref_logp[i] for i in chosen])}
+            counts["tokens"] = _tokens(forest, w)
+        return Batch(forest, tokens, {"rank": rank, "weight": w}, counts)
 
-    return DataSource(len(rows), per_step, seed, make)
+    return DataSource(len(used), per_step, seed, make)
+
+
+def weighted_rows(count: int, weights: Sequence[float] | None) -> tuple[list[int], list[float]]:
+    """The rows that are visited, those of weight above 0, and all weights.
+
+    Raises:
+        ConfigError: another number of weights than rows, or one that is negative or not finite.
+    """
+    weight = [1.0] * count if weights is None else list(weights)
+    if len(weight) != count:
+        raise ConfigError(f"got {len(weight)} weights for {count} rows; expected one a row")
+    for i, w in enumerate(weight):
+        if not (math.isfinite(w) and w >= 0):
+            raise ConfigError(f"row {i} (from 0) has weight {w}; expected a finite number, at least 0")
+    return [i for i, w in enumerate(weight) if w > 0], weight
+
+
+def _forest(rows: Sequence[Row], weight: Sequence[float], chosen: Sequence[int]) -> tuple[Forest, Tensor]:
+    """The chosen rows as a forest, and each response's weight ``[B]``."""
+    per_branch = [weight[i] for i in chosen for _ in rows[i].branches]
+    return build_forest([rows[i] for i in chosen]), torch.tensor(per_branch, dtype=torch.float64)
+
+
+def _tokens(forest: Forest, weight: Tensor) -> float:
+    """The sum of weights over trained tokens."""
+    return float(weight[forest.branch][forest.masks["loss"]].sum())

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from posttrain.data import ReadReport, read, resolve_data, stop_ids
-from posttrain.errors import ConfigError, suggest
-from posttrain.models.load import Found, cache_dir, find_model, load_generation_config, load_tokenizer
+from posttrain.errors import ConfigError, DataError, suggest
+from posttrain.models.load import cache_dir, find_model, load_generation_config, load_tokenizer, model_files
 from posttrain.stages import Context, Stage, stage_model
 from posttrain.types import Example
 
@@ -45,6 +45,36 @@ def start_from(model: str | Stage, ctx: Context, field: str = "model") -> Start:
     if found.note:
         ctx.console.print(f"[yellow]{found.note}[/]")
     return Start(found.path, found.label, load_tokenizer(found.path))
+
+
+def stage_dir(value: str | Stage, ctx: Context, field: str) -> Path:
+    """The directory that an earlier stage wrote, which a field refers to or names."""
+    return ctx.inputs[field] if isinstance(value, Stage) else Path(value)
+
+
+def row_weights(examples: Sequence[Example], ctx: Context) -> list[float]:
+    """Each row's weight in the loss; that rows of weight 0 are not visited is said."""
+    unused = sum(e.weight == 0 for e in examples)
+    if unused:
+        ctx.console.print(f"{unused} of {len(examples)} rows have weight 0 and are not trained on", highlight=False)
+    return [e.weight for e in examples]
+
+
+def refuse_weights(examples: Sequence[Example], stage: str) -> None:
+    """Raise where a row's weight would have no effect.
+
+    Raises:
+        DataError: a weight other than 1.
+    """
+    for example in examples:
+        if example.weight != 1.0:
+            raise DataError.at(
+                example.file,
+                example.row,
+                "weight",
+                f"{stage} gives every prompt the same weight, got {example.weight}",
+                "remove the weight, or repeat the row",
+            )
 
 
 def choose_dtype(name: str, path: str) -> torch.dtype:
@@ -100,6 +130,21 @@ def load_examples(stage: Any, ctx: Context, part: str) -> list[Example]:
     return read_part(files[part], ctx, getattr(stage, "limit", None), getattr(stage, "skip_bad", 0))
 
 
+def test_file(stage: Any) -> Path:
+    """The held-out rankings of a stage's ``test`` data, else its rankings.
+
+    Raises:
+        ConfigError: it has neither.
+    """
+    files = data_files(stage.test, _root_model(stage))
+    found = files.get("heldout_rankings") or files.get("rankings")
+    if found is None:
+        raise ConfigError(
+            f"test data '{stage.test}' has no rankings; it has {', '.join(files)}; give pairs or rankings"
+        )
+    return found
+
+
 def read_part(file: Path, ctx: Context, limit: int | None, skip_bad: int = 0) -> list[Example]:
     """Read a source; what is left out (rows that teach nothing, up to ``skip_bad`` faulty ones) is printed by reason.
 
@@ -118,7 +163,7 @@ def _root_model(stage: Stage) -> str | None:
     name = stage_model(stage)
     if name is not None:
         return name
-    for field in ("model", "sft", "policy"):
+    for field in ("model", "sft", "reference", "policy"):
         if isinstance(earlier := getattr(stage, field, None), Stage):
             return _root_model(earlier)
     return None
@@ -133,11 +178,12 @@ def stage_files(stage: Any) -> list[Path]:
         if missing and stage.DATA[0] in missing:
             raise ConfigError(f"data '{stage.data}' has no {missing[0]}; {suggest(missing[0], files)}")
         out += [files[part] for part in stage.DATA if part in files]
-    if test := getattr(stage, "test", None):
-        held = data_files(test, _root_model(stage))
-        out.append(held.get("heldout_rankings") or held["rankings"])
+    if isinstance(reward := getattr(stage, "reward", None), str):
+        if not (Path(reward) / "reward.json").exists():
+            raise ConfigError(f"no reward model in '{reward}' (no reward.json); give the directory of a reward stage")
+        out += [*model_files(reward), Path(reward) / "reward.json"]
+    if getattr(stage, "test", None):
+        out.append(test_file(stage))
     if (name := stage_model(stage)) is not None:
-        found: Found = find_model(name)
-        weights = Path(found.path) / "model.safetensors"
-        out += [weights] if weights.exists() else []
+        out += model_files(find_model(name).path)
     return out

@@ -19,12 +19,14 @@ from posttrain.rewards.model import reward_model
 from posttrain.rollout.engine import Sampling
 from posttrain.rollout.local import LocalEngine
 from posttrain.stages import Context, Reinforce
+from posttrain.train.diagnose import Watch, evidence_of
+from posttrain.train.journal import Journal
 from posttrain.train.log import JsonLines
 from posttrain.train.loop import fit
 from posttrain.train.objectives import PolicyGradient
 from posttrain.train.optim import Optim
 from posttrain.train.rollouts import Plan, RolloutSource
-from posttrain.work.inputs import choose_dtype, load_examples, start_from
+from posttrain.work.inputs import choose_dtype, load_examples, refuse_weights, stage_dir, start_from
 from posttrain.work.supervised import adapters, training_run
 
 
@@ -34,10 +36,12 @@ def run(stage: Reinforce, ctx: Context) -> None:
     dtype = choose_dtype(stage.dtype, start.path)
     policy = load_policy(start.path, dtype=dtype, lora=adapters(stage), train=True, seed=ctx.seed)
     reference = Model(policy.net) if policy.adapter else load_policy(start.path, dtype=dtype)
-    scorer = load_reward(str(ctx.inputs["reward"]), dtype=dtype)
-    mean = json.loads((ctx.inputs["reward"] / "reward.json").read_text())["mean"]
+    judge = stage_dir(stage.reward, ctx, "reward")
+    scorer = load_reward(str(judge), dtype=dtype)
+    mean = json.loads((judge / "reward.json").read_text())["mean"]
     value = critic(stage, scorer, ctx, dtype)
     examples = load_examples(stage, ctx, "prompts")
+    refuse_weights(examples, "reinforcement learning")
     ids, report = prompt_ids(start.tokenizer, examples, max_length=stage.max_length, overlong=stage.overlong)
     ctx.console.print(f"prompts: {report}", highlight=False)
     samples = SamplesFile(ctx.dir / "samples.jsonl")
@@ -51,6 +55,7 @@ def run(stage: Reinforce, ctx: Context) -> None:
         value=value,
         decode=start.decode,
         on_samples=samples.write,
+        journal=Journal(ctx.dir / "journal"),
     )
     objective = PolicyGradient(
         loss=partial(ppo_clip, clip=stage.clip),
@@ -66,13 +71,9 @@ def run(stage: Reinforce, ctx: Context) -> None:
         schedule=stage.schedule,
         warmup_steps=stage.warmup_steps,
     )
-    fit(
-        {"policy": policy, "value": value},
-        objective,
-        source,
-        optim=optim,
-        run=training_run(stage, ctx, stage.steps, "reinforce"),
-    )
+    run = training_run(stage, ctx, stage.steps, "reinforce")
+    with Watch(ctx.dir, ctx.console, stage.max_kl, evidence_of(policy, reference, ids[0])) as watch:
+        fit({"policy": policy, "value": value}, objective, source, optim=optim, run=run, hooks=[watch])
     save(policy, stage, start.path, ctx.dir, start.tokenizer)
 
 
@@ -85,7 +86,7 @@ def critic(stage: Reinforce, scorer: Model, ctx: Context, dtype: torch.dtype) ->
         return value_role(scorer, lora=None, seed=ctx.seed, head_only=True)
     if stage.lora_rank:
         return value_role(scorer, lora=Lora(rank=stage.value_rank, alpha=2 * stage.value_rank), seed=ctx.seed + 1)
-    own = load_reward(str(ctx.inputs["reward"]), dtype=dtype)
+    own = load_reward(str(stage_dir(stage.reward, ctx, "reward")), dtype=dtype)
     return value_role(own, lora=None, seed=ctx.seed + 1)
 
 
@@ -115,10 +116,10 @@ class SamplesFile:
         self.lines: JsonLines | None = None
 
     def write(self, step: int, records: list[dict[str, Any]]) -> None:
-        """Append the responses of a rollout."""
+        """Append the responses of a rollout, forced to disk."""
         self.lines = self.lines or JsonLines(self.path, step)
-        for record in records:
-            self.lines.write(step, record)
+        self.lines.write(step, *records)
+        self.lines.sync()
 
 
 def save(policy: Model, stage: Reinforce, base: str, directory: Path, tokenizer: Any) -> None:

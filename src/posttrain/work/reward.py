@@ -14,7 +14,7 @@ from posttrain.train.loop import fit
 from posttrain.train.objectives import RewardModel
 from posttrain.train.sources import ranking_source
 from posttrain.types import Example
-from posttrain.work.inputs import Start, choose_dtype, load_examples, start_from
+from posttrain.work.inputs import Start, choose_dtype, load_examples, row_weights, start_from
 from posttrain.work.supervised import adapters, optimiser, training_run
 
 
@@ -24,12 +24,16 @@ def run(stage: TrainReward, ctx: Context) -> None:
     examples = slice_rows(load_examples(stage, ctx, "rankings"), stage.rows)
     rows, report = ranking_rows(start.tokenizer, examples, max_length=stage.max_length, overlong=stage.overlong)
     tau = label_correlation(examples)
-    ctx.console.print(f"rankings: {report}; {tau}", highlight=False)
-    ranks = [[r.rank or 0 for r in examples[i].responses] for i in report.index]
-    source = ranking_source(rows, ranks, per_step=stage.prompts_per_step, seed=ctx.seed + stage.head_seed)
-    model = new_reward(
-        start.path, dtype=choose_dtype(stage.dtype, start.path), lora=adapters(stage), seed=ctx.seed + stage.head_seed
+    ctx.console.print(
+        f"rankings: {report}; better answers are the longer ones in {tau.longer_better:.0%} of {tau.pairs} pairs "
+        f"(tau {tau.tau:+.2f})",
+        highlight=False,
     )
+    ranks = [[r.rank or 0 for r in examples[i].responses] for i in report.index]
+    weights = row_weights([examples[i] for i in report.index], ctx)
+    seed = ctx.seed + stage.head_seed
+    source = ranking_source(rows, ranks, per_step=stage.prompts_per_step, seed=seed, weights=weights)
+    model = new_reward(start.path, dtype=choose_dtype(stage.dtype, start.path), lora=adapters(stage), seed=seed)
     run = training_run(stage, ctx, round(stage.epochs * source.steps_per_epoch), ctx.dir.name)
     fit({"reward": model}, RewardModel(), source, optim=optimiser(stage), run=run)
     save_merged(model, start.path, ctx.dir, start.tokenizer)

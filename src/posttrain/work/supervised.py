@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from posttrain.data.collate import demonstration_rows
+from posttrain.machine import deterministic_kernels
 from posttrain.models.load import load_policy, save_merged
 from posttrain.models.lora import Lora
 from posttrain.stages import SFT, Context, Training
@@ -10,7 +11,7 @@ from posttrain.train.loop import Run, fit
 from posttrain.train.objectives import Supervised
 from posttrain.train.optim import Optim
 from posttrain.train.sources import demonstration_source
-from posttrain.work.inputs import choose_dtype, load_examples, start_from
+from posttrain.work.inputs import choose_dtype, load_examples, row_weights, start_from
 
 
 def run(stage: SFT, ctx: Context) -> None:
@@ -19,7 +20,8 @@ def run(stage: SFT, ctx: Context) -> None:
     examples = load_examples(stage, ctx, "demonstrations")
     rows, report = demonstration_rows(start.tokenizer, examples, max_length=stage.max_length, overlong=stage.overlong)
     ctx.console.print(f"demonstrations: {report}", highlight=False)
-    source = demonstration_source(rows, per_step=stage.prompts_per_step, seed=ctx.seed)
+    weights = row_weights([examples[i] for i in report.index], ctx)
+    source = demonstration_source(rows, per_step=stage.prompts_per_step, seed=ctx.seed, weights=weights)
     model = load_policy(
         start.path, dtype=choose_dtype(stage.dtype, start.path), lora=adapters(stage), train=True, seed=ctx.seed
     )
@@ -39,12 +41,14 @@ def optimiser(stage: Training) -> Optim:
 
 
 def training_run(stage: Training, ctx: Context, steps: int, title: str) -> Run:
-    """The stage's run: its directory, length and memory knob."""
+    """The stage's run: its directory, length and memory knob; kernels are deterministic from here on."""
+    deterministic_kernels()
     return Run(
         directory=ctx.dir,
         steps=steps,
         max_tokens=stage.max_tokens,
         save_every=stage.save_every,
+        keep=stage.keep,
         console=ctx.console,
         title=title,
     )

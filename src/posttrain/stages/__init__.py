@@ -1,0 +1,27 @@
+"""Stages of a recipe: what each reads, does and writes. Defaults are the numbers of the paper each stage names.
+
+These files import no torch, so that a recipe can be listed and forecast at once; the work is in `posttrain.work`.
+"""
+
+from posttrain.stages.base import Context, Overlong, Plan, Recipe, Stage, stage_model
+from posttrain.stages.closing import Evaluate, EvaluatePreference, EvaluateReward, Merge
+from posttrain.stages.training import SFT, Prefer, Pretrain, Reinforce, Training, TrainReward
+
+__all__ = [
+    "SFT",
+    "Context",
+    "Evaluate",
+    "EvaluatePreference",
+    "EvaluateReward",
+    "Merge",
+    "Overlong",
+    "Plan",
+    "Prefer",
+    "Pretrain",
+    "Recipe",
+    "Reinforce",
+    "Stage",
+    "TrainReward",
+    "Training",
+    "stage_model",
+]

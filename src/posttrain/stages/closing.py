@@ -1,0 +1,124 @@
+"""Stages that measure what was trained, and the one that writes it as a plain model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from posttrain.stages.base import PARAMETERS, Overlong, Plan, Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Stage):
+    """Measure everything at the end: reward models on held-out rankings, and policies on held-out prompts.
+
+    ``base`` is what the supervised stage started from. Writes ``results.json``.
+    """
+
+    WORK: ClassVar[str] = "posttrain.work.evaluate:run"
+    DATA: ClassVar[tuple[str, ...]] = ("rankings", "heldout_rankings", "heldout_prompts")
+    TINY: ClassVar[Mapping[str, Any]] = {
+        "base": "small-base",
+        "data": "smallworld",
+        "prompts": 16,
+        "max_new_tokens": 32,
+    }
+    base: str = "smollm2"
+    sft: Stage
+    policy: Stage
+    reward: Stage
+    unseen: Stage
+    data: str = "default"
+    rows: tuple[int, int] | None = None
+    prompts: int | None = None
+    samples: int = 2
+    temperature: float = 1.0
+    max_new_tokens: int = 128
+    dtype: str = "auto"
+    max_tokens: int = 1024
+    slots: int = 32
+
+    def plan(self) -> Plan:
+        """Three policies sampled on 96 prompts, scored twice; 48 rankings scored three times."""
+        rows = 3 * self.samples * (self.prompts or 96)
+        tokens = int(rows * (50 / self.samples + 0.6 * self.max_new_tokens))
+        return Plan(
+            rows=rows,
+            tokens=tokens,
+            flops=2 * PARAMETERS * (4 * tokens + 5 * 48 * 230),
+            memory=PARAMETERS * 8 + 1e9,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateReward(Stage):
+    """Accuracy of a reward model on held-out rankings, beside three baselines fitted to its training rankings.
+
+    ``test`` names the held-out data; ``limit`` and ``test_limit`` cut both, so as training was cut,
+    and ``skip_bad`` faulty rows of each are left out. Writes ``results.json``.
+    """
+
+    WORK: ClassVar[str] = "posttrain.work.evaluate_reward:run"
+    DATA: ClassVar[tuple[str, ...]] = ("rankings",)
+    TINY: ClassVar[Mapping[str, Any]] = {"base": "small", "data": "smallworld", "test": "smallworld"}
+    base: str = "smollm2"
+    reward: Stage
+    data: str = "default"
+    test: str = "default"
+    limit: int | None = None
+    test_limit: int | None = None
+    skip_bad: int = 0
+    max_length: int = 1024
+    overlong: Overlong = "error"
+    dtype: str = "auto"
+    max_tokens: int = 1024
+
+    def plan(self) -> Plan:
+        """48 rankings, and the training rankings once for the frozen baseline."""
+        tokens = 230 * (2 * (self.test_limit or 48) + (self.limit or 128))
+        return Plan(
+            rows=self.test_limit or 48, tokens=tokens, flops=2 * PARAMETERS * tokens, memory=PARAMETERS * 4 + 1e9
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatePreference(Stage):
+    """Share of pairs that a policy's implicit reward (its log-ratio to the reference) orders right, beside baselines.
+
+    ``reference`` is what the policy started from; ``test`` names the held-out data. Writes ``results.json``.
+    """
+
+    WORK: ClassVar[str] = "posttrain.work.prefer:evaluate"
+    DATA: ClassVar[tuple[str, ...]] = ("rankings",)
+    TINY: ClassVar[Mapping[str, Any]] = {"reference": "small", "data": "smallworld", "test": "smallworld"}
+    policy: Stage
+    reference: str | Stage = "smollm2"
+    data: str = "default"
+    test: str = "default"
+    limit: int | None = None
+    test_limit: int | None = None
+    skip_bad: int = 0
+    max_length: int = 1024
+    overlong: Overlong = "error"
+    dtype: str = "auto"
+    max_tokens: int = 1024
+
+    def plan(self) -> Plan:
+        """Two models over 48 held-out and all training rankings."""
+        rows = (self.test_limit or 48) + min(self.limit or 128, 128)
+        return Plan(rows=rows, tokens=2 * 230 * rows, flops=4 * PARAMETERS * 230 * rows, memory=PARAMETERS * 8 + 1e9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge(Stage):
+    """Write a policy as one plain model directory: its adapter merged into the weights of the stage it started from."""
+
+    WORK: ClassVar[str] = "posttrain.work.merge:run"
+    policy: Stage
+    base: Stage
+    after: Stage | None = None  # only so that this directory is the last one written
+
+    def plan(self) -> Plan:
+        """Reading and writing weights."""
+        return Plan(memory=PARAMETERS * 8)

@@ -1,0 +1,101 @@
+"""What an objective is: statistics in, sums with a unit out, which the loop divides by the step's counts, once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from posttrain.forest import Batch, Forest
+from posttrain.losses.reward import pair_weights
+
+Stats = Mapping[str, Mapping[str, Tensor]]  # role -> statistic -> tensor
+
+
+@dataclass(frozen=True)
+class Term:
+    """A sum over this micro-batch, the unit whose count over the step divides it, and its weight (0 = only logged)."""
+
+    sum: Tensor
+    unit: str
+    coefficient: float = 1.0
+
+
+@dataclass(frozen=True)
+class Check:
+    """A line of the step-0 table; ``ok`` None = printed without a verdict."""
+
+    name: str
+    value: str
+    expected: str
+    ok: bool | None
+
+
+class Objective(Protocol):
+    """What `posttrain.train.loop.fit` needs of an objective."""
+
+    @property
+    def reads(self) -> Mapping[str, frozenset[str]]:
+        """Statistics wanted of each trained role."""
+        ...
+
+    @property
+    def mask(self) -> str | None:
+        """The mask outside which token statistics are not computed."""
+        ...
+
+    @property
+    def temperature(self) -> float:
+        """What logits are divided by."""
+        ...
+
+    @property
+    def whole_groups(self) -> bool:
+        """Whether the responses of one prompt must stand in one micro-batch."""
+        ...
+
+    @property
+    def coupled(self) -> bool:
+        """Whether the loss of a row depends on the other rows of the step, so that it is taken over all of them at once."""
+        ...
+
+    def __call__(self, stats: Stats, batch: Batch) -> dict[str, Term]:
+        """Terms of a micro-batch, by metric name."""
+        ...
+
+    def check(self, stats: Stats, batch: Batch, step: int) -> list[Check]:
+        """What must hold on the first micro-batch of a run that begins, or goes on, at ``step``."""
+        ...
+
+
+def total(terms: Mapping[str, Term], counts: Mapping[str, float]) -> Tensor:
+    """The loss of some terms, ``sum of coefficient * sum / counts[unit]``, in float64."""
+    losses = [t.coefficient * t.sum / counts[t.unit] for t in terms.values() if t.coefficient]
+    return torch.stack([x.double() for x in losses]).sum()
+
+
+def branch_weight(batch: Batch, dtype: torch.dtype) -> Tensor:
+    """``[B]``, the weight of each response's row; 1 where the source gave none."""
+    weight = batch.branches.get("weight")
+    return torch.ones_like(batch.forest.end, dtype=dtype) if weight is None else weight.to(dtype)
+
+
+def stop_check(forest: Forest, mask: Tensor) -> Check:
+    """The last token of each response that was not cut is trained: it is the stop token."""
+    last = forest.lengths.cumsum(0) - 1
+    stops = int((mask[last] | forest.truncated).sum())
+    return Check("stop token trained", f"{stops} of {len(last)} responses", "all", stops == len(last))
+
+
+def pair_shares(batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """``(better, worse, share)``, each ``[P]``: all pairs of differing rank, and the row's weight over its number of pairs."""
+    better, worse, share = pair_weights(batch.branches["rank"], batch.forest.group, dtype)
+    return better, worse, share * branch_weight(batch, dtype)[better]
+
+
+def ordered_right(gap: Tensor) -> Tensor:
+    """1 where the better response is ahead, 1/2 at a tie, 0 elsewhere; the shape and dtype of ``gap``."""
+    return (gap > 0).to(gap.dtype) + 0.5 * (gap == 0).to(gap.dtype)
