@@ -35,6 +35,8 @@ def test_policy_section_by_hand():
     assert 2.5 <= ppo["reward"]["low"] <= 2.75 <= ppo["reward"]["high"] <= 3.0
     assert ppo["kl"] == {"mean": 3.0, "low": 3.0, "high": 3.0, "n": 8} and ppo["seconds"] == 2.0
     assert got["policies"]["sft"]["truncated"]["mean"] == 0.5 and "length" not in ppo
+    assert got["rows"]["policies/ppo/reward"] == [3.0] * 4 + [2.5] * 4  # what the mean is over, by prompt
+    assert got["rows"]["policies/sft/truncated"] == [0.5] * 8 and len(got["rows"]) == 6
     (difference,) = got["differences"]
     assert (difference["name"], difference["scorer"], difference["n"]) == ("ppo - sft", "reward", 8)
     assert difference["mean"] == pytest.approx(1.25) and difference["excludes_zero"] is True
@@ -89,6 +91,13 @@ def test_reward_section_and_comparisons_by_hand():
         reward_section(models)
     with pytest.raises(ConfigError, match="models \\['length'\\]"):
         compare_rewards(models | {"length": models["length"][:5]})
+
+
+def test_accuracy_by_ranking_is_in_the_order_of_the_data():
+    pairs = pair_outcomes([[2.0, 1.0, 0.0], [0.0, 1.0, 1.0]], [[0, 1, 2]] * 2)
+    got = reward_section({"reward": pairs})["reward"]
+    # first: all three in order; second: 0 above 1 and 2 is wrong twice, and a tie counts half
+    assert got["by_ranking"] == pytest.approx([1.0, 0.5 / 3]) and got["rankings"] == 2
 
 
 def test_a_single_ranking_has_no_bounds_in_json(tmp_path):

@@ -6,9 +6,9 @@ import re
 
 from rich.console import Console
 
-from posttrain.evals.grids import clean_text, clip_text, closing_grids, duration, number, signed, verdict
+from posttrain.evals.grids import Grid, clean_text, clip_text, closing_grids, duration, number, signed, verdict
 from posttrain.evals.results import closing_results, machine_section, policy_section
-from posttrain.evals.tables import closing_tables, worst_tables
+from posttrain.evals.tables import closing_tables, rich_grid, worst_tables
 
 
 def printed(drawn: list, width: int = 100) -> str:
@@ -69,6 +69,12 @@ def test_model_text_is_neither_markup_nor_a_terminal_escape(closing):
     assert "[bold]p[/bold] [/] \\x1b[2J" in text and "[red]x[/red]" in text
     assert "\x1b" not in text and "\x07" not in text and "\u202e" not in text
     assert re.search(r"\(\d+ more", text)
+
+
+def test_a_name_too_long_for_the_terminal_is_folded_and_not_cut():
+    name = "policies/" + "x" * 60 + "/reward"
+    text = printed([rich_grid(Grid(title="t", header=("number", "a"), rows=((name, "1.5"),)))], width=40)
+    assert "…" not in text and "".join(re.findall(r"[a-z/]+", text.split("─")[-1])) == name
 
 
 def test_texts_and_numbers():
