@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from posttrain.errors import ModelError
 
@@ -41,9 +43,52 @@ def add_adapter(net: nn.Module, trunk: nn.Module, name: str, lora: Lora, seed: i
         inject_adapter_in_model(config, net, adapter_name=name)
     dtype = next(trunk.parameters()).dtype
     for layer in layers(net).values():
+        layer.forward = partial(_forward, layer)
         for part in (layer.lora_A, layer.lora_B):
             if name in part:
                 part[name].to(dtype)
+
+
+class _Adapted(torch.autograd.Function):
+    """``x W' + b + scale (x A') B'`` of a frozen layer ``[N, in] -> [N, out]``.
+
+    The low-rank product is added while it is made; as separate operations its two passes over ``[N, out]``, and those of
+    their gradients, cost as much as the product.
+    """
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        inner = rows @ a.t()
+        out = nn.functional.linear(rows, weight, bias).addmm_(inner, b.t(), alpha=scale)
+        ctx.save_for_backward(rows, inner, weight, a, b)
+        ctx.scale = scale
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        rows, inner, weight, a, b = ctx.saved_tensors
+        flat = grad.reshape(-1, grad.shape[-1])
+        inner_grad = (flat @ b).mul_(ctx.scale)
+        d_rows = None
+        if ctx.needs_input_grad[0]:
+            d_rows = (flat @ weight).addmm_(inner_grad, a).view(*grad.shape[:-1], weight.shape[1])
+        d_b = (flat.t() @ inner).mul_(ctx.scale)
+        return d_rows, None, None, inner_grad.t() @ rows, d_b, None
+
+
+def _forward(layer: Any, x: Tensor) -> Tensor:
+    """What an adapted layer computes: its base alone, or with the adapter that is on."""
+    base = layer.get_base_layer()
+    names = [] if layer._disable_adapters else [n for n in layer._active_adapter if n in layer.lora_A]
+    if not names:
+        return base(x)
+    (name,) = names
+    apply: Any = _Adapted.apply  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    return apply(x, base.weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
 
 
 def _is_linear(module: nn.Module) -> bool:
