@@ -44,7 +44,7 @@ def test_a_run_records_what_can_change_its_numbers(tmp_path: Path, console: Cons
         False,
         "tune",
     )
-    assert set(found["versions"]) == {"python", "posttrain", "torch", "transformers", "tokenizers", "numpy"}
+    assert set(found["versions"]) == {"python", "posttrain", "torch", "transformers", "tokenizers", "peft", "numpy"}
     assert found["versions"]["python"] == sys.version.split()[0]
     assert {"cpu", "cores", "threads", "memory", "capability", "flags", "accelerators"} == set(found["hardware"])
     assert found["environment"]["OMP_NUM_THREADS"] == "1" and "MY_TOKEN" not in found["environment"]

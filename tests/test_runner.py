@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -138,7 +139,7 @@ def test_a_run_leaves_its_record_and_a_second_one_computes_nothing(tmp_path: Pat
     assert [total(run / name) for name in ("first", "second", "last")] == [4, 10, 10 + 4 + 10 + 2]
     record = json.loads((run / "run.json").read_text())
     assert record["command"] == "posttrain run chain" and record["seed"] == 1
-    assert set(record["versions"]) == {"python", "posttrain", "torch", "transformers", "tokenizers", "numpy"}
+    assert set(record["versions"]) == {"python", "posttrain", "torch", "transformers", "tokenizers", "peft", "numpy"}
     assert record["hardware"]["threads"] >= 1 and record["hardware"]["memory"] > 0.1 and record["hardware"]["cpu"]
     assert record["stages"]["last"]["inputs"] == {
         "start": "second",
@@ -154,6 +155,56 @@ def test_a_run_leaves_its_record_and_a_second_one_computes_nothing(tmp_path: Pat
     assert calls(run) == before == ["first from 0", "second from 0", "last from 0"]
     assert text(console).count("skipped") == 3
     assert json.loads((run / "run.json").read_text())["created"] == record["created"]
+
+
+def test_a_finished_stage_that_lost_part_of_an_output_runs_again_and_one_that_lost_its_records_does_not(
+    tmp_path: Path, console: Console
+):
+    """A machine that lost power may leave a file cut; a journal or checkpoints may be deleted to save space."""
+    with pytest.raises(Stopped):
+        run_recipe(chain(fault="ctrl-c"), root=tmp_path, console=console)
+    run = tmp_path / "chain"
+    for name in ("journal", "tensorboard"):
+        (run / "second" / name).mkdir()
+        (run / "second" / name / "step-00000001.jsonl").write_text("{}\n")
+    run_recipe(chain(fault="ctrl-c"), root=tmp_path, console=console)
+    assert json.loads((run / "second" / "done.json").read_text())["outputs"] == {"total.json": 3}
+    for name in ("journal", "tensorboard", "checkpoints"):
+        shutil.rmtree(run / "second" / name)
+    run_recipe(chain(fault="ctrl-c"), root=tmp_path, console=console)
+    assert calls(run) == ["first from 0", "second from 0", "second from 1", "last from 0"]
+    (run / "last" / "total.json").write_text("")
+    run_recipe(chain(fault="ctrl-c"), root=tmp_path, console=console)
+    assert "last will be cleared and run again: its output total.json is gone" in text(console)
+    assert calls(run)[4:] == ["last from 0"]
+
+
+def test_allowed_changes_drop_journalled_rollouts_that_no_checkpoint_used(tmp_path: Path, console: Console):
+    """They were sampled under the old settings, by a policy that the new ones will not come to."""
+    with pytest.raises(Stopped):
+        run_recipe(chain(fault="ctrl-c"), root=tmp_path, console=console)
+    stage = tmp_path / "chain" / "second"
+    (stage / "journal").mkdir()
+    for step in (4, 6, 8):
+        (stage / "journal" / f"step-{step:08d}.jsonl").touch()
+    for name in ("step-00000005", "step-00000006", "over-limit-step-00000009", ".step-00000007.0.1.tmp"):
+        (stage / "checkpoints" / name).mkdir()
+    run_recipe(chain(fault="ctrl-c"), root=tmp_path, console=console)  # nothing changed
+    assert len(list((stage / "journal").iterdir())) == 3
+    recipe = override(chain(fault="ctrl-c"), {"second": {"rate": 2.0}})
+    run_recipe(recipe, root=tmp_path, console=console, allow_changed=True)
+    assert [p.name for p in (stage / "journal").iterdir()] == ["step-00000004.jsonl"]
+
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path: Path, console: Console):
+    with pytest.raises(Stopped):
+        run_recipe(chain(fault="ctrl-c"), root=tmp_path, console=console)
+    left = tmp_path / "chain" / "second" / "policy" / ".tmpAbC123"  # as safetensors names them
+    left.parent.mkdir()
+    left.write_bytes(b"half")
+    run_recipe(chain(fault="ctrl-c"), root=tmp_path, console=console)
+    assert not left.exists()
+    assert json.loads((tmp_path / "chain" / "second" / "done.json").read_text())["outputs"] == {"total.json": 3}
 
 
 def test_until_stops_after_a_stage(tmp_path: Path, console: Console):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import shlex
 import shutil
 import sys
@@ -282,6 +283,8 @@ def find_run(run: str) -> Path:
 def command_line() -> str:
     """Return the command as it was typed, so that repeating it continues the run."""
     program = sys.argv[0]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return shlex.join(["torchrun", "--nproc-per-node", os.environ["WORLD_SIZE"], "-m", "posttrain", *sys.argv[1:]])
     if Path(program).name != "posttrain":
         return shlex.join(["python", "-m", "posttrain.cli", *sys.argv[1:]])
     found = shutil.which("posttrain")

@@ -16,7 +16,7 @@ from posttrain.errors import ConfigError, suggest
 from posttrain.stages import Recipe, Stage
 from posttrain.types import stable_hash
 
-LIBRARIES = ["torch", "transformers", "tokenizers", "numpy"]
+LIBRARIES = ["torch", "transformers", "tokenizers", "peft", "numpy"]
 """Libraries whose version can change a number."""
 
 
@@ -256,8 +256,9 @@ def settle(
 
 
 def _lost(directory: Path, done: Mapping[str, Any]) -> str | None:
-    """An output that a finished stage no longer has."""
-    return next((name for name in done["outputs"] if not (directory / name).exists()), None)
+    """An output that a finished stage no longer has, whole."""
+    files = {name: directory / name for name in done["outputs"]}
+    return next((n for n, f in files.items() if not f.exists() or f.stat().st_size != done["outputs"][n]), None)
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

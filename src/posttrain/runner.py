@@ -162,10 +162,20 @@ def _record(
     write_json(directory / "run.json", record)
     for stage, why in allowed.items():
         say(console, f"{directory / stage}: kept although {why}")
+        _drop_unused(directory / stage)
         if decisions[stage].what == "skip":
             old, done = (read_json(directory / stage / name) or {} for name in ("stage.json", "done.json"))
             write_json(directory / stage / "stage.json", {**described[stage], "seconds": old.get("seconds", 0.0)})
             write_json(directory / stage / "done.json", {**done, "key": described[stage]["key"]})
+
+
+def _drop_unused(directory: Path) -> None:
+    """Delete journalled rollouts that no checkpoint used: under other settings they would be other ones."""
+    steps = [path.name.removeprefix("step-") for path in (directory / "checkpoints").glob("step-*")]
+    newest = max((int(step) for step in steps if step.isdigit()), default=0)
+    for path in (directory / "journal").glob("step-*.jsonl"):
+        if int(path.stem.removeprefix("step-")) >= newest:
+            path.unlink()
 
 
 _PROGRESS = {
@@ -185,6 +195,8 @@ def _run_stage(stage: Stage, ctx: Context, described: Mapping[str, Any], *, clea
         ctx.dir.rename(trash)  # at once: a deletion cut off half-way would leave a directory nobody can read
         shutil.rmtree(trash)
     ctx.dir.mkdir(exist_ok=True)
+    for path in ctx.dir.rglob(".tmp*"):  # of a killed process in the middle of safetensors' writing
+        path.unlink()
     earlier = (read_json(ctx.dir / "stage.json") or {}).get("seconds", 0.0)
     write_json(ctx.dir / "stage.json", {**described, "seconds": earlier})
     began = time.monotonic()
@@ -197,17 +209,33 @@ def _run_stage(stage: Stage, ctx: Context, described: Mapping[str, Any], *, clea
         raise
     seconds = earlier + time.monotonic() - began
     done = {"key": described["key"], "seconds": seconds, "outputs": _outputs(ctx.dir)}
+    for name in done["outputs"]:  # on disk before the record that they are
+        _force(ctx.dir / name)
+    for path in [ctx.dir.parent, ctx.dir, *(item for item in ctx.dir.rglob("*") if item.is_dir())]:
+        _force(path)
     write_json(ctx.dir / "done.json", done)
     return seconds
 
 
+def _force(path: Path) -> None:
+    """Force a file, or a directory's names, to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        if not path.is_dir():  # of which not every file system knows how to
+            raise
+    finally:
+        os.close(handle)
+
+
 def _outputs(directory: Path) -> dict[str, int]:
-    """List what a stage wrote, checkpoints left out: path -> bytes."""
+    """List what a stage wrote, what it keeps for itself left out: path -> bytes."""
     found = {str(path.relative_to(directory)): path for path in sorted(directory.rglob("*")) if path.is_file()}
     return {
         name: path.stat().st_size
         for name, path in found.items()
-        if not name.startswith("checkpoints" + os.sep) and name != "stage.json"
+        if name.partition(os.sep)[0] not in ("checkpoints", "journal", "tensorboard", "stage.json")
     }
 
 

@@ -8,8 +8,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from data.conftest import byte_level, llama3, phi3, sentence_piece, smol
 from posttrain.data.chat import render_prompt, render_response
+from posttrain.errors import ConfigError
 from posttrain.forest import Branch, Row
-from posttrain.models.load import load_policy, load_reward, new_reward, save_merged, value_role
+from posttrain.models.load import load_policy, load_reward, model_files, new_reward, save_merged, value_role
 from posttrain.models.lora import Lora
 from posttrain.models.policy import Model
 from posttrain.rewards.model import score_rows
@@ -160,3 +161,38 @@ def test_reward_template_that_ends_conversations_with_eos(base, tmp_path):
 def test_reward_tokenizer_without_pad_takes_any_special_token_it_has(base, tmp_path):
     tokenizer = llama3()
     save_merged(new_reward(base, dtype=torch.float32), base, tmp_path / "out", tokenizer)
+
+
+DECISIVE = [
+    "additional_chat_templates", "chat_template.jinja", "config.json", "generation_config.json", "merges.txt",
+    "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json",
+    "pytorch_model.bin", "special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+    "vocab.json",
+]  # fmt: skip
+
+
+def fill(directory):
+    directory.mkdir(parents=True)
+    for name in [*DECISIVE, "stage.json", "metrics.jsonl", "README.md"]:
+        (directory / name).write_text("{}")
+
+
+def test_every_file_that_decides_a_models_numbers_is_known(tmp_path):
+    fill(tmp_path / "model")
+    assert [path.name for path in model_files(str(tmp_path / "model"))] == DECISIVE
+
+
+def test_so_are_those_of_a_model_in_the_hubs_cache(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    cache = tmp_path / "models--someone--model"
+    fill(cache / "snapshots" / "c0ffee")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("c0ffee")
+    assert [path.name for path in model_files("someone/model")] == DECISIVE
+    with pytest.raises(
+        ConfigError, match=r"model 'someone/other' can't be fetched from the hub \(.*\); give a directory"
+    ):
+        model_files("someone/other")

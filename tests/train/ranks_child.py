@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import sys
 import time
@@ -22,6 +23,7 @@ from posttrain.train import distributed
 from posttrain.train.loop import fit
 from posttrain.train.objectives import PolicyGradient, Supervised
 from posttrain.train.optim import Optim
+from posttrain.train.signals import Terminated, sigterm_interrupts
 from posttrain.train.sources import demonstration_source
 
 from .cases import gradients, make, names, taken
@@ -128,7 +130,24 @@ def poisoned(directory: Path, rank: int):
     return models
 
 
+def stopped(directory: Path, rank: int):
+    """Rank 1 alone is asked to stop, at step 1."""
+
+    def hook(step, _):
+        if step == 1 and rank == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    source = demonstration_source(random_rows(1, [(3, [4]), (2, [6])]), per_step=2, seed=7)
+    run = run_in(directory / f"stopped-{rank}", steps=4)
+    try:
+        with sigterm_interrupts():
+            fit({"policy": role(0)}, Supervised(), source, optim=OPTIM, run=run, hooks=[hook])
+    except Terminated as error:
+        raise RuntimeError("terminated") from error
+
+
 MODES = {
+    "stopped": (stopped, 20.0),
     "gradients": (all_gradients, 60.0),
     "supervised": (supervised, 60.0),
     "reinforce": (reinforce, 60.0),

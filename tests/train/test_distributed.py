@@ -83,6 +83,12 @@ def test_a_number_that_is_not_finite_on_one_rank_skips_the_step_on_all(ranks):
     assert not (ranks / "poisoned-1" / "faults").exists()
 
 
+def test_a_signal_to_one_rank_stops_all_and_none_takes_the_run_for_finished(ranks):
+    assert [ended(ranks, "stopped", rank)[0] for rank in range(2)] == ["RuntimeError: terminated"] * 2
+    assert [p.name for p in (ranks / "stopped-0" / "checkpoints").iterdir()] == ["step-00000002"]
+    assert [m["step"] for m in metrics(ranks / "stopped-0")] == [0, 1]
+
+
 def test_ranks_with_other_batches_are_refused(ranks):
     for rank in range(2):
         said, _ = ended(ranks, "apart", rank)

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from functools import partial
+from io import StringIO
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
-from posttrain.errors import ModelError
+from posttrain.errors import CheckError, ModelError
 from posttrain.forest import Batch
 from posttrain.rewards.base import Score
+from posttrain.train import distributed
+from posttrain.train.checkpoint import save_checkpoint
+from posttrain.train.diagnose import KLLimit, Watch
 from posttrain.train.dumps import read_batch, read_fault
 from posttrain.train.guard import Replayed, TooManySkipped, replay, replaying
 from posttrain.train.loop import _stats, fit
@@ -211,6 +217,96 @@ def test_too_many_in_a_row_end_the_run_with_a_checkpoint(tmp_path):
 
 def _entries(caught):
     return str(caught.value).split(" of ")[1].split(" ")[0]
+
+
+def test_a_run_that_ends_in_the_middle_of_a_rollout_knows_which_it_needs(tmp_path):
+    """Nothing journals here, so that the checkpoint of the end can't be used, and says so."""
+    change = column("advantage", math.nan)
+    with pytest.raises(TooManySkipped):
+        train(tmp_path, (3,), change, updates=2, max_bad_steps=1, save_every=99)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+    _, _, printed = train(tmp_path, updates=2)
+    assert "can't be used: the rollout begun at step 2 is not in the journal (nowhere) as it was used" in printed
+    assert [line["step/skipped"] for line in metrics(tmp_path)] == [0, 0, 0, 0]
+
+
+def test_a_checkpoint_that_is_there_is_not_written_anew_at_the_end(tmp_path):
+    """While one takes the other's place there is none."""
+    place, seen = tmp_path / "checkpoints" / "step-00000002", []
+
+    def change(batch):
+        while not place.exists():
+            time.sleep(0.01)
+        seen.append(place.stat().st_ino)
+        return column("advantage", math.nan)(batch)
+
+    with pytest.raises(TooManySkipped):
+        train(tmp_path, (2,), change, max_bad_steps=1, save_every=2)
+    assert seen == [place.stat().st_ino]
+
+
+def test_weights_that_are_not_finite_at_the_start_are_named(tmp_path):
+    models = {"policy": role(0)}
+    name = "model.layers.1.mlp.up_proj.weight"
+    dict(models["policy"].net.named_parameters())[name].data[0, 0] = math.inf
+    source = demonstration_source(ROWS, per_step=2, seed=7)
+    said = rf"nothing was trained: numbers finite: got weight policy/{name} is inf at entry 0 .*, expected all finite$"
+    with pytest.raises(CheckError, match=said):
+        fit(models, Supervised(), source, optim=OPTIM, run=run_in(tmp_path))
+
+
+def test_weights_that_are_not_finite_later_are_skipped_by_a_run_that_goes_on_too(tmp_path):
+    def run(directory, hooks):
+        models = {"policy": role(0)}
+
+        def break_it(step, _):
+            if step == 0:
+                next(iter(models["policy"].parameters().values())).data[0, 0] = math.nan
+
+        source = demonstration_source(ROWS, per_step=2, seed=7)
+        fit(models, Supervised(), source, optim=OPTIM, run=run_in(directory, save_every=1), hooks=[break_it, *hooks])
+
+    class Killed(Exception):
+        pass
+
+    def kill(step, _):
+        if step == 2:
+            raise Killed
+
+    with pytest.raises(TooManySkipped, match="the last is step 3"):
+        run(tmp_path / "whole", [])
+    with pytest.raises(Killed):
+        run(tmp_path / "cut", [kill])
+    with pytest.raises(TooManySkipped, match="the last is step 3"):
+        run(tmp_path / "cut", [])
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+
+
+def over_limit(directory, history):
+    """A watch that has seen ``history`` (KL by step) ends a run at the last of it."""
+    watch = Watch(directory, Console(file=StringIO()), 1.0)
+    row = {"truncated/share": 0.0, "length/mean": 9.0, "length/p95": 9.0, "policy/entropy": 1.0}
+    with pytest.raises(KLLimit) as caught, watch:
+        for step, kl in history.items():
+            watch(step, row | {"kl/mean": kl})
+    return str(caught.value)
+
+
+def test_checkpoints_above_the_limit_are_set_aside_each_time(tmp_path):
+    for _ in range(2):  # the second time, those of the first are in the way
+        for step in (2, 3, 4):
+            save_checkpoint(tmp_path / "checkpoints", step, {}, "{}")
+        assert "Stopped; checkpoints up to step 2 are kept" in over_limit(tmp_path, {0: 0.1, 2: 0.5, 4: 3.0})
+        assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+            "over-limit-step-00000003", "over-limit-step-00000004", "step-00000002",
+        ]  # fmt: skip
+
+
+def test_only_the_rank_that_writes_sets_checkpoints_aside(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "checkpoints", 4, {}, "{}")
+    monkeypatch.setattr(distributed, "_CURRENT", [distributed.World(1, 2)])
+    over_limit(tmp_path, {0: 0.1, 4: 3.0})
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"]
 
 
 def test_single_bad_steps_never_end_a_run(tmp_path):

@@ -227,6 +227,16 @@ def test_the_reference_is_computed_once_and_read_back_to_the_bit(tmp_path):
     assert all((x[~m] == 0).all() and (x[m] < 0).all() for x, m in zip(first, masks, strict=True))
 
 
+def test_a_reference_is_kept_for_each_packing(tmp_path):
+    """Packed otherwise, last bits differ: a run must not get another's, which may be there today and gone tomorrow."""
+    model, rows = role(7, trained=False, dtype=torch.float32), rankings()
+    for max_tokens in (30, 10_000, 30):
+        found = reference_logp(model, rows, max_tokens=max_tokens, cache=tmp_path)
+        own = row_logp(model, rows, max_tokens=max_tokens)
+        assert all(torch.equal(a, b) for a, b in zip(found, own, strict=True))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_a_kept_reference_that_is_wrong_is_named_and_made_again(tmp_path):
     model, rows, said = role(7, trained=False), rankings(), []
     first = kept(model, rows, tmp_path)

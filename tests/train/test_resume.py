@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import random
 import signal
 import time
@@ -12,8 +14,10 @@ import pytest
 import torch
 
 from posttrain.errors import CheckError
+from posttrain.forest import Branch, Row
 from posttrain.rewards.base import Score
 from posttrain.train.checkpoint import Unusable, read_checkpoint
+from posttrain.train.guard import TooManySkipped
 from posttrain.train.journal import Journal
 from posttrain.train.log import JsonLines
 from posttrain.train.loop import fit
@@ -163,17 +167,60 @@ def test_streams_are_restored():
     assert one == [random.gauss(0, 1), random.random(), np.random.randn(), np.random.rand(), torch.randn(5).tolist()]
 
 
+def no_number(completions):
+    return [Score(math.nan), *score(completions)[1:]]
+
+
+class Scripted:
+    """A reward that follows a list of rewards, and then is the last of them."""
+
+    def __init__(self, *parts):
+        self.parts, self.asked = list(parts), 0
+
+    def __call__(self, completions):
+        self.asked += 1
+        part = self.parts.pop(0) if len(self.parts) > 1 else self.parts[0]
+        return part(completions)
+
+
+@pytest.mark.parametrize("killed", [2, 3])
+def test_a_score_that_was_no_number_is_not_asked_for_again(tmp_path, killed):
+    """Asked a second time, such a reward may well give one, and the step would not be skipped any more."""
+    flaky = lambda: Scripted(score, no_number, score)  # noqa: E731
+    expected, _, samples = reinforce(tmp_path / "whole", reward=flaky())
+    assert [line["step/skipped"] for line in metrics(tmp_path / "whole")] == [0, 0, 1, 1, 0, 0]
+    with pytest.raises(Killed):
+        reinforce(tmp_path / "cut", reward=flaky(), hooks=[kill_at(killed)])
+    mended = Scripted(score)
+    models, printed, again = reinforce(tmp_path / "cut", seed=5, reward=mended)
+    assert f"continuing after step {killed} of 6" in printed and mended.asked == 1
+    assert again == [s for s in samples if s[0] >= killed]
+    assert equal(weights(models), weights(expected)) and metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("updates", "last", "asked"), [(2, 4, 1), (3, 5, 1)])
+def test_a_run_that_its_reward_ended_goes_on_once_the_reward_is_mended(tmp_path, updates, last, asked):
+    """The rollout is the journalled one; only its scores are asked for again."""
+    with pytest.raises(TooManySkipped, match=f"the last is step {last} "):
+        reinforce(tmp_path, reward=Scripted(score, no_number), updates=updates)
+    mended = Scripted(score)
+    _, printed, samples = reinforce(tmp_path, reward=mended, updates=updates)
+    assert f"continuing after step {last} of 6" in printed and mended.asked == asked
+    assert [line["step/skipped"] for line in metrics(tmp_path)] == [0] * (last - 2) + [1, 1] + [0] * (6 - last)
+    assert [step for step, _ in samples] == [last - last % updates]  # those samples are recorded now
+
+
 class Drifting:
     """An objective whose loss depends on how often it was asked."""
 
-    def __init__(self):
-        self.inner, self.asked = Supervised(), 0
+    def __init__(self, inner=None, name="loss/nll"):
+        self.inner, self.name, self.asked = inner or Supervised(), name, 0
 
     def __call__(self, stats, batch):
         self.asked += 1
         terms = self.inner(stats, batch)
-        term = terms["loss/nll"]
-        return {"loss/nll": type(term)(term.sum * (1 + self.asked / 10), term.unit)}
+        term = terms[self.name]
+        return {self.name: type(term)(term.sum * (1 + self.asked / 10), term.unit)}
 
     def state(self):
         return {"asked": self.asked}
@@ -198,9 +245,48 @@ def test_the_state_of_an_objective_is_kept(tmp_path):
     assert equal(run(tmp_path / "cut"), expected) and metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
     last = read_checkpoint(tmp_path / "cut" / "checkpoints" / "step-00000006")
     assert last.state["objective"]["asked"] >= 6 and set(last.state) == {
-        "format", "source", "objective", "streams", "metrics", "machine",
+        "format", "source", "objective", "streams", "metrics", "machine", "dtypes",
     }  # fmt: skip
     assert last.state["metrics"] == (tmp_path / "cut" / "metrics.jsonl").stat().st_size
+
+
+def test_neither_the_first_checks_nor_a_skipped_step_move_an_objective(tmp_path):
+    """They ask it too: before the first step of a run that goes on, and to find what is not finite."""
+
+    def run(directory, hooks=()):
+        models, objective = {"policy": role(0)}, Drifting(PolicyGradient(critic=False), "loss/policy")
+        reward = Scripted(score, no_number, score)
+        journal = Journal(directory / "journal")
+        source = rollouts(models["policy"], role(0, trained=False), None, updates=1, reward=reward, journal=journal)
+        fit(models, objective, source, optim=OPTIM, run=run_in(directory, save_every=1), hooks=hooks)
+        return weights(models)
+
+    expected = run(tmp_path / "whole")
+    with pytest.raises(Killed):
+        run(tmp_path / "cut", [kill_at(4)])
+    asked = [
+        read_checkpoint(tmp_path / "cut" / "checkpoints" / f"step-0000000{k}").state["objective"]["asked"]
+        for k in (3, 4)
+    ]
+    assert asked[1] > asked[0] > 0
+    assert equal(run(tmp_path / "cut"), expected) and metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+
+
+def test_rows_that_come_later_do_not_refuse_a_run_that_goes_on(tmp_path):
+    """Some rows train no stop token; a run that began with others trains on them, interrupted or not."""
+    rows = [Row([5, 6], [Branch([7, 8, 9], {"loss": [True, True, last]})]) for last in (False, True, True, True)]
+
+    def run(directory, hooks=()):
+        models = {"policy": role(0)}
+        source = demonstration_source(rows, per_step=1, seed=7)
+        assert [bool(source(k).forest.masks["loss"][-1]) for k in range(4)] == [True, True, False, True]
+        fit(models, Supervised(), source, optim=OPTIM, run=run_in(directory, steps=4), hooks=hooks)
+        return weights(models)
+
+    expected = run(tmp_path / "whole")
+    with pytest.raises(Killed):
+        run(tmp_path / "cut", [kill_at(2)])
+    assert equal(run(tmp_path / "cut"), expected)
 
 
 def test_another_machine_is_announced(tmp_path, monkeypatch):
@@ -213,6 +299,15 @@ def test_another_machine_is_announced(tmp_path, monkeypatch):
     finally:
         torch.set_num_threads(threads)
     assert f"threads was {threads}, is {threads + 1}: the last bits of results may differ" in printed
+
+
+def test_another_dtype_is_announced(tmp_path):
+    """Where ``auto`` chose, a resume on another processor may choose otherwise."""
+    with pytest.raises(Killed):
+        supervised(tmp_path, torch.bfloat16, [kill_at(4)])
+    _, printed = supervised(tmp_path, torch.float32)
+    line = "train: the policy was trained in bfloat16 and is in float32 now; the run goes on, not as it would have"
+    assert line in printed
 
 
 # ---------------------------------------------------------------------------- signals
@@ -242,6 +337,33 @@ def test_a_signal_ends_a_run_after_its_step_is_saved(tmp_path, capfd, number):
     models, printed = supervised(tmp_path / "cut", torch.float32, seed=5)
     assert "continuing after step 3 of 7" in printed
     assert equal(weights(models), weights(expected)) and metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+
+
+def test_a_signal_after_the_last_step_waits_for_the_last_checkpoint(tmp_path, monkeypatch, capfd):
+    """It comes while that one is being written."""
+    slow = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: (time.sleep(0.05), slow(handle)))
+
+    class Signals:
+        def __init__(self, source):
+            self.source = source
+
+        def state(self, step):
+            if step == 7:
+                signal.raise_signal(signal.SIGINT)
+            return self.source.state(step)
+
+        def __call__(self, step):
+            return self.source(step)
+
+        def __getattr__(self, name):
+            return getattr(self.source, name)
+
+    source = Signals(demonstration_source(random_rows(1, [(3, [4]), (2, [6])]), per_step=2, seed=7))
+    with pytest.raises(KeyboardInterrupt):
+        fit({"policy": role(0)}, Supervised(), source, optim=OPTIM, run=run_in(tmp_path, steps=7))
+    assert "finishing and saving this step" in capfd.readouterr().err
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir())[-1] == "step-00000007"
 
 
 def test_a_second_signal_leaves_at_once(tmp_path):

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,8 +36,9 @@ SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_LABEL = "SmolLM2-135M-Instruct, dequantised Q4_1"
 MODEL_FILES = (
-    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json",
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template*",
+    "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "config.json", "generation_config.json",
+    "adapter_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
+    "chat_template*", "additional_chat_templates",
 )  # fmt: skip
 """Names of the files of a model directory that decide its numbers."""
 
@@ -142,17 +144,26 @@ def _hub_cached(name: str) -> bool:
 def model_files(path: str) -> list[Path]:
     """Files of a model directory or hub name that decide its numbers: weights, configuration, tokenizer, chat template.
 
-    Others, such as a stage's own records, may change while the model stays. Empty for a hub name not downloaded yet.
+    Others, such as a stage's own records, may change while the model stays. Those of a hub name are downloaded, so that a
+    run which goes on finds the ones it began with.
     """
     directory = Path(path)
     if not directory.is_dir():
-        from huggingface_hub import try_to_load_from_cache
+        directory = _download(path, [pattern for pattern in MODEL_FILES if not pattern.startswith("*.bin")])
+        if not list(directory.glob("*.safetensors")):
+            directory = _download(path, ["*.bin", "*.bin.index.json"])
+    return sorted({item for pattern in MODEL_FILES for item in directory.glob(pattern)})
 
-        config = try_to_load_from_cache(path, "config.json")
-        if not isinstance(config, str):
-            return []
-        directory = Path(config).parent
-    return sorted(item for pattern in MODEL_FILES for item in directory.glob(pattern))
+
+def _download(name: str, patterns: Sequence[str]) -> Path:
+    """A model's files from the hub, or from its cache where the hub can't be reached."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"model '{name}' can't be fetched from the hub ({reason}); give a directory") from error
 
 
 def load_tokenizer(path: str) -> Any:

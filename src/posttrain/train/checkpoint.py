@@ -126,7 +126,8 @@ def save_checkpoint(
     """
     target = directory / f"step-{step:08d}"
     partial = directory / f".{target.name}.{next(_COUNT)}.{os.getpid()}.tmp"
-    partial.mkdir(parents=True)
+    make_directory(directory)
+    partial.mkdir()
     try:
         files = {"tensors.safetensors": _write_tensors(partial / "tensors.safetensors", tensors)}
         files["state.json"] = _write(partial / "state.json", [state.encode()])
@@ -265,7 +266,7 @@ def require_space(directory: Path, step: int, size: int) -> None:
     Raises:
         OSError: less than ``size`` bytes and some to spare are free (ENOSPC).
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     free = shutil.disk_usage(directory).free
     if free < size + SPARE:
         need = f"the checkpoint of step {step} needs {(size + SPARE) / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
@@ -339,6 +340,14 @@ def _write(path: Path, blocks: Sequence[Any]) -> dict[str, Any]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and those above it, and force the names of those that are new to disk."""
+    new = [place for place in (path, *path.parents) if not place.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for place in new:
+        sync_directory(place.parent)
 
 
 def sync_directory(path: Path) -> None:

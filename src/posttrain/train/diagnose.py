@@ -15,9 +15,11 @@ from posttrain.forest import Batch, Branch, Row, build_forest, split
 from posttrain.machine import free_memory
 from posttrain.models.lora import deltas
 from posttrain.models.policy import Model, forward_stats
-from posttrain.train.guard import StatsOf, bad_column, read_rows
+from posttrain.train.checkpoint import remove
+from posttrain.train.distributed import world
+from posttrain.train.guard import StatsOf, bad_number, read_rows
 from posttrain.train.progress import check_table
-from posttrain.train.terms import Check, Objective, total
+from posttrain.train.terms import Check, Objective, total, unmoved
 
 REPEAT = 1e-5  # nats by which the same tokens may differ when computed twice
 MISMATCH = 0.01  # mean |ratio - 1| before an update that is more than rounding
@@ -37,11 +39,16 @@ def first_step(
     """
     parts = split(batch, run.max_tokens, objective.whole_groups)
     part = next((p for p in parts if objective.mask is None or bool(p.forest.masks[objective.mask].any())), parts[0])
-    if step > 0 and bad_column(part, objective.mask) is not None:
-        return  # the guard skips this step, as it would have without an interruption
-    with torch.no_grad():
-        checks = objective.check(stats_of(part), part, step)
-        checks += start_checks(models, objective, source, part, stats_of, step, run.max_tokens)
+    with torch.no_grad(), unmoved(objective):
+        stats = stats_of(part)
+        finding = bad_number(models, objective, part, stats)
+        if finding is not None and step > 0:
+            return  # the guard skips this step, as it would have without an interruption
+        if finding is not None:  # nothing else would say what is wrong
+            checks = [Check("numbers finite", finding.text, "all finite", False)]
+        else:
+            checks = objective.check(stats, part, step)
+            checks += start_checks(models, objective, source, part, stats_of, step, run.max_tokens)
     run.console.print(check_table(run.title, checks))
     if failed := [c for c in checks if c.ok is False]:
         lines = "; ".join(f"{c.name}: got {c.value}, expected {c.expected}" for c in failed)
@@ -318,12 +325,14 @@ class Watch:
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         """Set aside checkpoints whose KL is above the limit, or was not measured."""
-        if kind is None or not issubclass(kind, KLLimit):
+        if kind is None or not issubclass(kind, KLLimit) or not world().writes:
             return
         good = self._good()
         for path in (self.directory / "checkpoints").glob("step-*"):
             if good is None or int(path.name.removeprefix("step-")) > good:
-                path.rename(path.with_name(f"over-limit-{path.name}"))
+                target = path.with_name(f"over-limit-{path.name}")
+                remove(target)  # of an earlier attempt
+                path.rename(target)
 
     def _good(self) -> int | None:
         """The last step whose weights were measured below the limit, before it was made."""

@@ -28,7 +28,7 @@ from posttrain.train import dumps
 from posttrain.train.distributed import fingerprint, world
 from posttrain.train.dumps import Finding
 from posttrain.train.optim import MasterAdamW, NonFiniteGradient
-from posttrain.train.terms import Objective, Stats, Term, total
+from posttrain.train.terms import Objective, Stats, Term, state_of, total, unmoved
 
 StatsOf = Callable[[Batch], dict[str, dict[str, Tensor]]]
 
@@ -116,8 +116,7 @@ def examine(models: Mapping[str, Model], objective: Objective, part: Batch, stat
 
     Looks, in this order, at trained weights, the batch, statistics, terms, the loss, gradients.
     """
-    weights = [("weight", f"{r}/{k}", p.detach()) for r, m in models.items() for k, p in m.parameters().items()]
-    finding = _first(weights) or bad_column(part, objective.mask)
+    finding = bad_number(models, objective, part, {})
     if finding is not None:
         return finding
     stats = stats_of(part)
@@ -144,7 +143,7 @@ class Guard:
     """
 
     models: Mapping[str, Model]
-    objective: Objective
+    objective: Any
     source: Any
     optimizer: MasterAdamW
     run: Limits
@@ -153,20 +152,23 @@ class Guard:
     _last: list[Path] = field(default_factory=list[Path])
 
     def attempt(self, step: int, work: Callable[[int, Batch], dict[str, float]]) -> dict[str, float]:
-        """Fetch the step's batch and make the step; returns its metrics.
+        """Fetch the step's batch and make the step; returns its metrics. The objective's state stays where it is skipped.
 
         Raises:
             TooManySkipped: it is the last of ``max_bad_steps`` in a row that could not be made.
         """
-        batch = None
+        batch, before = None, state_of(self.objective)
         try:
             batch = self.source(step)
             world().agree(fingerprint(batch) if world().size > 1 else "", f"batch of step {step}")
             metrics = work(step, batch)
-        except NonFiniteGradient as fault:
-            return self._skip(step, NonFinite(Finding("gradient", f"({fault})", "not finite", 0, 1, 1)), batch)
-        except (NonFinite, BadScore) as fault:
-            return self._skip(step, fault, batch)
+        except (NonFiniteGradient, NonFinite, BadScore) as error:
+            if before is not None:
+                self.objective.load_state(before)
+            gradient = Finding("gradient", f"({error})", "not finite", 0, 1, 1)
+            fault = NonFinite(gradient) if isinstance(error, NonFiniteGradient) else error
+            with unmoved(self.objective):
+                return self._skip(step, fault, batch)
         self.bad = 0
         return metrics | {"step/skipped": 0.0}
 
@@ -191,6 +193,8 @@ class Guard:
                 style="yellow", highlight=False, markup=False, soft_wrap=True,
             )  # fmt: skip
         if self.bad >= self.run.max_bad_steps:
+            if isinstance(fault, BadScore):
+                self.source.retract()  # a person mends the reward, which is then asked again
             raise TooManySkipped(
                 f"{self.run.title}: {self.bad} steps in a row were skipped, the last is step {step} ({fault}); the weights are "
                 f"those before the first of them; look at {self.run.directory / 'faults'} with posttrain replay"
@@ -301,9 +305,10 @@ def read_rows(directory: Path) -> list[dict[str, Any]]:
 Named = tuple[str, str, Tensor]  # kind, name, values
 
 
-def bad_column(part: Batch, mask: str | None) -> Finding | None:
-    """The first column of a batch that is not finite where the mask lets it count."""
-    return _first(_columns(part, mask))
+def bad_number(models: Mapping[str, Model], objective: Objective, part: Batch, stats: Stats) -> Finding | None:
+    """The first trained weight, column of a batch or statistic that is not finite where the objective's mask lets it count."""
+    weights = [("weight", f"{r}/{k}", p.detach()) for r, m in models.items() for k, p in m.parameters().items()]
+    return _first([*weights, *_columns(part, objective.mask), *_statistics(stats, part, objective.mask)])
 
 
 def _columns(part: Batch, mask: str | None) -> Iterator[Named]:

@@ -14,8 +14,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from posttrain.train.checkpoint import Unusable, sync_directory
+from posttrain.train.checkpoint import Unusable, make_directory, sync_directory
 from posttrain.train.streams import random_streams, restore_streams
+
+OVERHEAD = 18
+"""Bytes of a line beside its JSON: 16 digits, a blank, its end."""
 
 
 class Journal:
@@ -65,6 +68,19 @@ class Journal:
             place = self._path(step) if self.directory else "nowhere"
             raise Unusable(f"the rollout begun at step {step} is not in the journal ({place}) as it was used")
 
+    def retract(self, step: int, kind: str) -> None:
+        """Drop the first record of a rollout whose key begins with ``kind``, and all after it: it is to be made again."""
+        if self.directory is None or not self._path(step).exists():
+            return
+        good = 0
+        for text, record in self._lines(step):
+            if record["key"].startswith(kind):
+                break
+            good += len(text) + OVERHEAD
+        with self._path(step).open("r+b") as file:
+            file.truncate(good)
+            os.fsync(file.fileno())
+
     def forget(self, before: int) -> None:
         """Delete the records of rollouts begun before a step."""
         for path in self.directory.glob("step-*.jsonl") if self.directory else ():
@@ -99,8 +115,8 @@ class Journal:
         """Add a line after the last good one, and force it to disk."""
         if self.directory is None:
             return
-        self.directory.mkdir(parents=True, exist_ok=True)
-        good = sum(len(text) + 18 for text, _ in self._lines(step))  # 16 digits, a blank, a line's end
+        make_directory(self.directory)
+        good = sum(len(text) + OVERHEAD for text, _ in self._lines(step))
         text = json.dumps(record).encode()
         handle = os.open(self._path(step), os.O_WRONLY | os.O_CREAT, 0o644)
         with open(handle, "wb") as file:

@@ -24,7 +24,7 @@ from posttrain.train.guard import Guard, NonFinite, TooManySkipped, pooled, repl
 from posttrain.train.log import METRICS, MetricsLog
 from posttrain.train.optim import MasterAdamW, Optim, schedule_factor
 from posttrain.train.progress import bar
-from posttrain.train.signals import finish_step
+from posttrain.train.signals import Terminated, finish_step
 from posttrain.train.sources import Source
 from posttrain.train.state import capture, restore
 from posttrain.train.terms import Objective
@@ -93,8 +93,9 @@ def fit(
             try:
                 metrics = guard.attempt(step, partial(_update, guard, optim, run, first=step == start))
             except TooManySkipped:
-                if world().writes and step > start:
-                    saver.save(step, optimizer.tensors(), capture(source, objective, log.length()), {}, first=log.sync)
+                if world().writes and step > start and step % run.save_every:  # else that one is there
+                    state = capture(optimizer, source, objective, step, log.length())
+                    saver.save(step, optimizer.tensors(), state, {}, first=log.sync)
                 raise
             metrics |= _clock(began, metrics)
             log.write(step, metrics)
@@ -106,11 +107,14 @@ def fit(
             stop = any(world().gather(bool(stopping()), f"end of step {step}"))
             if world().writes and (stop or done % run.save_every == 0 or done == run.steps):
                 source.forget(saver.oldest())
-                state = capture(source, objective, log.length())
+                state = capture(optimizer, source, objective, done, log.length())
                 saver.save(done, optimizer.tensors(), state, metrics, first=log.sync)
             if stop:
                 saver.join()
+                if not stopping():
+                    raise Terminated  # another rank was asked
                 break
+        saver.join()  # a signal that comes now is delivered once the last checkpoint is there
 
 
 def _update(guard: Guard, optim: Optim, run: Run, step: int, batch: Batch, *, first: bool) -> dict[str, float]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +42,7 @@ class Supervised:
 
     def check(self, stats: Stats, batch: Batch, step: int) -> list[Check]:
         """Every response has trained tokens, and the last of each that was not cut is trained (it is the stop token)."""
-        forest = batch.forest
+        forest, begins = batch.forest, step == 0
         mask = forest.masks["loss"]
         trained = torch.zeros(len(forest.end), dtype=torch.long).index_add(0, forest.branch, mask.long())
         share = float(mask.float().mean())
@@ -53,9 +52,9 @@ class Supervised:
                 "trained tokens",
                 f"{share:.0%} of response tokens",
                 "every response has some",
-                bool((trained > 0).all()),
+                bool((trained > 0).all()) if begins else None,
             ),
-            stop_check(forest, mask),
+            stop_check(forest, mask, begins),
             Check("start loss", f"{nll:.3f} nats a token", "", None),
         ]
 
@@ -248,15 +247,15 @@ class Preference:
 
     def check(self, stats: Stats, batch: Batch, step: int) -> list[Check]:
         """A run begins at the reference: every margin is 0, and the loss has the value it declares there."""
+        begins = step == 0
         pairs, share = self.pairs(stats, batch)
         apart = float(margin(pairs).detach().abs().max())
         loss = float((self.bound(pairs).detach() * share).sum() / share.sum())
         declared = preference.facts(self.loss).get("at_reference")
-        begins = step == 0
         near = None if declared is None else abs(loss - declared) <= 1e-9 + self.beta * self.tolerance
         return [
             Check("pairs", f"{len(share)}, each prompt computed once", "", None),
-            stop_check(batch.forest, batch.forest.masks["loss"]),
+            stop_check(batch.forest, batch.forest.masks["loss"], begins),
             Check(
                 "margin to the reference",
                 f"at most {apart:.1e} nats",
@@ -270,8 +269,3 @@ class Preference:
                 near if begins else None,
             ),
         ]
-
-
-def state_of(thing: Any) -> Any:
-    """The JSON state of an objective or source that has one, else None."""
-    return thing.state() if hasattr(thing, "state") else None

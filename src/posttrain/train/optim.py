@@ -109,6 +109,13 @@ class MasterAdamW:
             for parameter in named.values():
                 parameter.grad = None
 
+    def dtypes(self) -> dict[str, str]:
+        """What each role's trained parameters are computed in."""
+        return {
+            role: ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in named.values()}))
+            for role, named in self.roles.items()
+        }
+
     def tensors(self) -> dict[str, Tensor]:
         """Masters and moments by flat name, for a checkpoint."""
         out: dict[str, Tensor] = {}

@@ -21,6 +21,7 @@ from posttrain.forest import Batch, Forest, Row, build_forest, split
 from posttrain.models.lora import layers
 from posttrain.models.policy import Model, forward_stats
 from posttrain.train.sources import shuffled
+from posttrain.types import stable_hash
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Nats a token, on average over a row, by which rounding alone may move log-probabilities between two packings."""
@@ -67,12 +68,13 @@ def reference_logp(
     seed: int = 0,
     on_done: Callable[[int], None] | None = None,
 ) -> list[Tensor]:
-    """`row_logp` of a frozen model, kept under ``cache`` by `reference_key`.
+    """`row_logp` of a frozen model, kept under ``cache`` by `reference_key` and what decides the last bits.
 
     When a file is there, `SHARE` of its rows, picked by ``seed``, are computed again; where they differ by more than
     `TOLERANCE` on average, or the file can't be read, that is said and everything is computed anew.
     """
-    file = cache / f"{reference_key(model, build_forest(rows), mask)}.safetensors"
+    bits = [max_tokens, torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()]
+    file = cache / f"{stable_hash([reference_key(model, build_forest(rows), mask), *bits])}.safetensors"
     if file.exists():
         problem, kept = _kept(file, model, rows, max_tokens, mask, seed)
         if kept is not None:

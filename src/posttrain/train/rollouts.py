@@ -15,7 +15,7 @@ from posttrain.forest import Batch, Branch, Row, build_forest, split, take
 from posttrain.losses.advantages import gae, token_reward
 from posttrain.models.policy import Model, forward_stats
 from posttrain.ops.masked import masked_mean, segment_sum, to_padded, whiten
-from posttrain.rewards.base import Completion, Reward, require_finite
+from posttrain.rewards.base import BadScore, Completion, Reward, Score, require_finite
 from posttrain.rollout.engine import Engine, Request, Rollout, Sampling
 from posttrain.train.journal import Journal
 from posttrain.train.signs import signs
@@ -89,29 +89,28 @@ class RolloutSource:
     journal: Journal = field(default_factory=Journal)
     _tried: int | None = None  # the step at which the newest rollout began
     _begun: int | None = None  # the same, once it is at hand
-    _next: int = 0
+    _used: int | None = None  # the step at which the rollout began that was in use when a checkpoint was saved
     _pending: list[Batch] = field(default_factory=list[Batch])
     _metrics: dict[str, float] = field(default_factory=dict[str, float])
 
     def __call__(self, step: int) -> Batch:
         """The batch of an update; samples anew at the first update of each rollout."""
-        share = step % self.plan.updates
-        if share == 0:
-            self._collect(step, again=False)
-        elif self._begun != step - share and self._tried == step - share:
-            self._collect(
-                step - share, again=False
-            )  # its first update was skipped, so the policy is the one that samples
-        elif self._begun != step - share:
-            if not self.journal.holds(step - share):
+        first = step - step % self.plan.updates
+        if (
+            first == step or first == self._tried != self._begun
+        ):  # then its first update was skipped: the policy is the same
+            self._collect(first, again=False)
+        elif self._begun != first and self._used == first:
+            streams = random_streams()  # what scoring drew from them lies before the checkpoint
+            self._collect(first, again=True)
+            restore_streams(streams)
+        elif self._begun != first:
+            if not self.journal.holds(first):
                 raise CheckError(
                     f"step {step} wants more of a rollout that was not journalled; resume from between rollouts"
                 )
-            streams = random_streams()  # what scoring drew from them lies before the checkpoint
-            self._collect(step - share, again=True)
-            restore_streams(streams)
-        self._next = step + 1
-        return self._pending[share]
+            self._collect(first, again=False)  # it had no scores yet that could be used
+        return self._pending[step - first]
 
     def metrics(self, step: int) -> Mapping[str, float]:
         """What the rollout of this step measured; given once, at its first update."""
@@ -125,14 +124,21 @@ class RolloutSource:
         """Delete records of rollouts that were used up before ``step``."""
         self.journal.forget(step - self.plan.updates + 1)
 
-    def state(self) -> Any:
-        """Where the journal has the rollout that is in use; None between rollouts: all else follows from the step."""
-        return None if self.fresh(self._next) or self._begun is None else self.journal.state(self._begun)
+    def retract(self) -> None:
+        """Let the newest rollout's scores be asked for again, where a run ends because they were no numbers."""
+        if self._tried is not None:
+            self.journal.retract(self._tried, "scores")
+
+    def state(self, step: int) -> Any:
+        """Where the journal has the rollout in use at a step; None between rollouts: all else follows from the step."""
+        first = step - step % self.plan.updates
+        return self.journal.state(first) if self._begun == first != step else None
 
     def load_state(self, state: Any) -> None:
         """See that the journal has the rollout that was in use; it is replayed when its next share is wanted."""
         if state is not None:
             self.journal.require(state)
+            self._used = state["step"]
 
     def prompt_indices(self, rollout: int) -> list[int]:
         """The prompts of a rollout: epochs in new orders, cut into runs of ``plan.prompts`` without a gap."""
@@ -163,8 +169,9 @@ class RolloutSource:
             )
             for i, r in enumerate(rollouts)
         ]
-        scores = self.journal.once(step, "scores", lambda: self._scores(completions))
-        batch = self._advantages(step, rollouts, scores)
+        which = stable_hash([r.ids for r in rollouts])
+        scores = self._scores(step, which, completions)
+        batch = self._advantages(step, which, rollouts, scores)
         self._metrics |= {
             "time/generate": sampled - began,
             "time/score": time.perf_counter() - sampled,
@@ -192,21 +199,38 @@ class RolloutSource:
         found = self.journal.once(step, f"rollouts {asked}", generate)
         return [Rollout(q, tuple(ids), tuple(logp), end) for q, (ids, logp, end) in zip(requests, found, strict=True)]
 
-    def _scores(self, completions: Sequence[Completion]) -> list[float | None]:
-        """The reward of each response, a cut one's replaced if the plan says so."""
-        scores = self.reward(completions)
+    def _scores(self, step: int, which: str, completions: Sequence[Completion]) -> list[float | None]:
+        """The reward of each response, a cut one's replaced if the plan says so.
+
+        What the reward gave is journalled even where it is no number: asked again, it might give another.
+        """
+        values = self.journal.once(step, f"scores {which}", lambda: self._asked(completions))
+        require_finite(completions, [Score(v) for v in values])
+        return self._with_cuts(completions, values)
+
+    def _asked(self, completions: Sequence[Completion]) -> list[float | None]:
+        """What the reward gives now."""
+        try:
+            scores = self.reward(completions)
+        except BadScore as error:  # found inside the reward
+            if len(error.scores) != len(completions):
+                raise
+            scores = error.scores
         if len(scores) != len(completions):
             raise RewardError(
                 f"the reward gave {len(scores)} scores for {len(completions)} responses; expected one each"
             )
-        require_finite(completions, scores)
-        cut = self.plan.cut_score
-        values = [cut if c.truncated and cut is not None else s.value for c, s in zip(completions, scores, strict=True)]
-        if all(v is None for v in values):
+        values = [s.value for s in scores]
+        if all(v is None for v in self._with_cuts(completions, values)):
             raise RewardError("the reward abstained on every response of the rollout; there is nothing to learn from")
         return values
 
-    def _advantages(self, step: int, rollouts: Sequence[Rollout], scores: Sequence[float | None]) -> Batch:
+    def _with_cuts(self, completions: Sequence[Completion], values: Sequence[float | None]) -> list[float | None]:
+        """Scores with ``cut_score`` in the place of those of cut responses."""
+        cut = self.plan.cut_score
+        return [cut if c.truncated and cut is not None else v for c, v in zip(completions, values, strict=True)]
+
+    def _advantages(self, step: int, which: str, rollouts: Sequence[Rollout], scores: Sequence[float | None]) -> Batch:
         """The rollout as one batch with log-probabilities, values, returns and whitened advantages a token.
 
         Responses without a score are masked out: they enter no mean, no whitening and no loss.
@@ -225,7 +249,8 @@ class RolloutSource:
         wide = torch.promote_types(self.reference.net.dtype, torch.float32)
         old = torch.tensor([x for r in rollouts for x in r.logp], dtype=wide)
         batch = Batch(forest, {"old_logp": old}, {}, {})
-        ref, value = torch.tensor(self.journal.once(step, "ref_logp, value", lambda: self._passes(batch)), dtype=wide)
+        passes = self.journal.once(step, f"ref_logp, value {which}", lambda: self._passes(batch))
+        ref, value = torch.tensor(passes, dtype=wide)
         size = len(rollouts)
         score = torch.tensor([0.0 if s is None else s for s in scores], dtype=wide)
         columns = {k: to_padded(x, forest.branch, size)[0] for k, x in {"old": old, "ref": ref, "value": value}.items()}

@@ -34,8 +34,8 @@ class Source(Protocol):
         """No run will go on from before ``step``: what only that would need may go."""
         ...
 
-    def state(self) -> Any:
-        """JSON state with which to go on after the last batch, beyond what follows from the step."""
+    def state(self, step: int) -> Any:
+        """JSON state with which to go on at a step, beyond what follows from its number."""
         ...
 
     def load_state(self, state: Any) -> None:
@@ -87,7 +87,7 @@ class DataSource:
     def forget(self, step: int) -> None:
         """Nothing is kept."""
 
-    def state(self) -> Any:
+    def state(self, step: int) -> Any:
         """None: everything follows from the step."""
         return None
 

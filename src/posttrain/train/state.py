@@ -10,8 +10,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from posttrain.train.checkpoint import Checkpoint, Unusable, newest_checkpoint
+from posttrain.train.distributed import world
 from posttrain.train.optim import MasterAdamW
 from posttrain.train.streams import random_streams, restore_streams
+from posttrain.train.terms import state_of
 
 FORMAT = 2
 """Of ``state.json``."""
@@ -20,8 +22,8 @@ FORMAT = 2
 class Stateful(Protocol):
     """A source or objective whose future depends on more than the step."""
 
-    def state(self) -> Any:
-        """JSON state."""
+    def state(self, step: int) -> Any:
+        """JSON state with which to go on at a step."""
         ...
 
     def load_state(self, state: Any) -> None:
@@ -29,18 +31,19 @@ class Stateful(Protocol):
         ...
 
 
-def capture(source: Stateful, objective: Any, lines: int) -> dict[str, Any]:
-    """Everything but tensors, as JSON; ``lines`` is the length of ``metrics.jsonl`` in bytes.
+def capture(optimizer: MasterAdamW, source: Stateful, objective: Any, step: int, lines: int) -> dict[str, Any]:
+    """Everything but tensors with which to go on at ``step``, as JSON; ``lines`` is the length of ``metrics.jsonl`` in bytes.
 
     Weights, masters and moments are the optimiser's tensors; the schedule follows from the step.
     """
     return {
         "format": FORMAT,
-        "source": source.state(),
-        "objective": objective.state() if hasattr(objective, "state") else None,
+        "source": source.state(step),
+        "objective": state_of(objective),
         "streams": random_streams(),
         "metrics": lines,
         "machine": machine(),
+        "dtypes": optimizer.dtypes(),
     }
 
 
@@ -67,9 +70,14 @@ def restore(
         objective.load_state(found.state["objective"])
     restore_streams(found.state["streams"])
     console.print(f"[dim]{title}: continuing after step {found.step} of {steps}[/]")
-    changed = [f"{k} was {v}, is {machine()[k]}" for k, v in found.state["machine"].items() if v != machine()[k]]
+    was, now = found.state["machine"], machine()
+    changed = [f"{k} was {was.get(k)}, is {v}" for k, v in now.items() if was.get(k) != v]
     if changed:
         console.print(f"[yellow]{title}: {'; '.join(changed)}: the last bits of results may differ[/]")
+    for role, dtype in optimizer.dtypes().items():
+        if (before := found.state["dtypes"].get(role)) != dtype:  # "auto" chose otherwise, on another processor
+            line = f"the {role} was trained in {before} and is in {dtype} now; the run goes on, not as it would have"
+            console.print(f"[yellow]{title}: {line}[/]", soft_wrap=True)
     if found.step >= steps:
         console.print(f"[dim]{title}: all {steps} steps are done; nothing is trained[/]")
     return found.step, found.state["metrics"]
@@ -81,4 +89,5 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "ranks": world().size,
     }

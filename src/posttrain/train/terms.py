@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -83,11 +84,32 @@ def branch_weight(batch: Batch, dtype: torch.dtype) -> Tensor:
     return torch.ones_like(batch.forest.end, dtype=dtype) if weight is None else weight.to(dtype)
 
 
-def stop_check(forest: Forest, mask: Tensor) -> Check:
-    """The last token of each response that was not cut is trained: it is the stop token."""
+def state_of(objective: Any) -> Any:
+    """The JSON state of an objective that has one, else None."""
+    return objective.state() if hasattr(objective, "state") else None
+
+
+@contextmanager
+def unmoved(objective: Any) -> Iterator[None]:
+    """Within, an objective may be asked without its state moving."""
+    before = state_of(objective)
+    try:
+        yield
+    finally:
+        if before is not None:
+            objective.load_state(before)
+
+
+def stop_check(forest: Forest, mask: Tensor, begins: bool = True) -> Check:
+    """The last token of each response that was not cut is trained: it is the stop token.
+
+    No verdict where a run goes on: other rows than those of its first step may be without, and were never refused.
+    """
     last = forest.lengths.cumsum(0) - 1
     stops = int((mask[last] | forest.truncated).sum())
-    return Check("stop token trained", f"{stops} of {len(last)} responses", "all", stops == len(last))
+    return Check(
+        "stop token trained", f"{stops} of {len(last)} responses", "all", stops == len(last) if begins else None
+    )
 
 
 def pair_shares(batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

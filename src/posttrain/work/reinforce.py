@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -72,6 +73,8 @@ def run(stage: Reinforce, ctx: Context) -> None:
         warmup_steps=stage.warmup_steps,
     )
     run = training_run(stage, ctx, stage.steps, "reinforce")
+    if stage.max_kl is not None:  # the last checkpoint that was measured is one of those before the newest rollout
+        run = replace(run, keep=max(run.keep, 1 + math.ceil(stage.updates_per_rollout / run.save_every)))
     with Watch(ctx.dir, ctx.console, stage.max_kl, evidence_of(policy, reference, ids[0])) as watch:
         fit({"policy": policy, "value": value}, objective, source, optim=optim, run=run, hooks=[watch])
     save(policy, stage, start.path, ctx.dir, start.tokenizer)
