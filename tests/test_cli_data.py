@@ -231,6 +231,7 @@ def test_head_shows_what_was_understood(capsys: pytest.CaptureFixture[str]):
     assert status == 0
     assert out == (
         "a.jsonl row 2: pairs\nuser: Name a colour.\nassistant 1 of 2 (rank 0): Red.\nassistant 2 of 2 (rank 1): Tuesday.\n"
+        "faulty rows left out: 1; `posttrain data check` says which\n"
     )
 
 
@@ -319,6 +320,26 @@ def test_export_of_each_type(capsys: pytest.CaptureFixture[str]):
         {"prompt": USER, "completion": GOOD, "label": True},
         {"prompt": USER, "completion": POOR, "label": False},
     ]
+
+
+def test_export_keeps_judgements_that_have_no_column(capsys: pytest.CaptureFixture[str]):
+    (rated,) = exported(capsys, [{"prompt": "Hi", "completion": "Yo", "score": 0}])
+    assert json.loads(rated["meta"]) == {"responses": [{"score": 0.0}]}
+    answers = [{"messages": GOOD, "score": 2}, {"messages": POOR}]
+    verdict = {"a": 0, "b": 1, "better": 1, "axis": "tone", "by": "me"}
+    (pair,) = exported(capsys, [{"prompt": USER, "responses": answers, "preferences": [verdict]}])
+    assert (pair["chosen"], pair["rejected"], "score_chosen" in pair) == (GOOD, POOR, False)
+    assert json.loads(pair["meta"]) == {
+        "responses": [{"score": 2.0}, {}],
+        "preferences": [{"axis": "tone", "by": "me"}],
+    }
+    doubled = jsonl("in.jsonl", [{"prompt": "Hi", "completion": "Yo", "score": 1, "preferences": "x"}])
+    assert run(capsys, "export", doubled, "out.jsonl")[0] == 0
+    doubled = jsonl("in.jsonl", [{"prompt": "Hi", "chosen": "Yo", "rejected": "No", "responses": "x", "kind": "k"}])
+    assert run(capsys, "export", doubled, "out.jsonl")[0] == 0
+    rated_twice = {"prompt": "Hi", "completion": "Yo", "score": 1, "responses": "x"}
+    status, _, err = run(capsys, "export", jsonl("in.jsonl", [rated_twice]), "out.jsonl", "--format", "rated")
+    assert status == 2 and "field 'responses': can't be exported: a column of its own has the name" in err
 
 
 @pytest.mark.parametrize(

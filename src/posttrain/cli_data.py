@@ -42,7 +42,8 @@ def check(
     """
     from rich.console import Console
 
-    from posttrain.data.check import check as check_sources
+    from posttrain.data.checking import check as check_sources
+    from posttrain.data.load import ReadReport
     from posttrain.data.show import print_file, print_rows, print_together
     from posttrain.models.load import find_model, load_tokenizer
 
@@ -57,7 +58,7 @@ def check(
     for source, file in zip(sources, report.files, strict=True):
         print_file(file, console)
         if len(sources) <= SHOWN and file.examples:
-            print_rows(tokenizer, first_rows(source, 2, **options), found.label, console)
+            print_rows(tokenizer, first_rows(source, 2, ReadReport(), **options), found.label, console)
     if len(sources) > 1:
         print_together(report, console)
     reports = {out: report} if out else {report_path(file): report.about(several) for file, several in named.items()}
@@ -77,18 +78,19 @@ def head(file: str, /, *, n: int = 5, format: str | None = None, map: str = "", 
     """
     from rich.console import Console
 
+    from posttrain.data.load import ReadReport
     from posttrain.data.show import print_example, print_rows
 
-    console = Console()
-    examples = first_rows(file, n, format=format, columns=column_map(map))
+    console, read = Console(), ReadReport()
+    examples = first_rows(file, n, read, format=format, columns=column_map(map))
     if model:
         from posttrain.models.load import find_model, load_tokenizer
 
         found = find_model(model)
         print_rows(load_tokenizer(found.path), examples, found.label, console)
-        return
-    for example in examples:
+    for example in () if model else examples:
         print_example(example, console)
+    say("", read)
 
 
 def convert(file: str, output: str, /, *, format: str | None = None, map: str = "", skip_bad: int = 0) -> None:
@@ -129,7 +131,7 @@ def split(
     --skip-bad N        leave out up to N faulty rows, counted (default: 0)
     """
     from posttrain.data.load import ReadReport, stream
-    from posttrain.data.mix import SplitReport, normal_opening, normal_prompt, sides
+    from posttrain.data.mixing import SplitReport, normal_opening, normal_prompt, sides
     from posttrain.data.write import write_jsonl
 
     wanted, columns = numbers(shares, "shares"), column_map(map)
@@ -171,8 +173,8 @@ def mix(
     --skip-bad N        leave out up to N faulty rows of each file (default: 0)
     """
     from posttrain.data.load import ReadReport, stream
-    from posttrain.data.mix import MixReport, Part, size_weights
-    from posttrain.data.mix import mix as mixed
+    from posttrain.data.mixing import MixReport, Part, size_weights
+    from posttrain.data.mixing import mix as mixed
     from posttrain.data.write import write_jsonl
 
     if not out:
@@ -223,7 +225,7 @@ def export(
     --map THEIRS=OURS   columns under other names
     --skip-bad N        leave out up to N faulty rows, counted (default: 0)
     """
-    from posttrain.data.export import export as export_examples
+    from posttrain.data.exporting import export as export_examples
     from posttrain.data.load import ReadReport, stream
 
     read = ReadReport()
@@ -245,13 +247,13 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
 # ---------------------------------------------------------------------------- rows
 
 
-def first_rows(file: str, count: int, **options: Any) -> list[Example]:
-    """Return the first examples of a file, faulty rows left out."""
-    from posttrain.data.load import ReadReport, stream
+def first_rows(file: str, count: int, read: ReadReport, **options: Any) -> list[Example]:
+    """Return the first examples of a file; faulty rows are left out and counted in ``read``."""
+    from posttrain.data.load import stream
 
     if count < 1:
         raise ConfigError(f"-n {count}: expected at least 1")
-    return list(islice(stream(file, **options, skip_bad=sys.maxsize, report=ReadReport()), count))
+    return list(islice(stream(file, **options, skip_bad=sys.maxsize, report=read), count))
 
 
 def say(text: str, read: ReadReport | None = None) -> None:

@@ -20,8 +20,12 @@ class DataError(PosttrainError, ValueError):
 
     @classmethod
     def at(cls, file: object, row: int, field: str, problem: str, remedy: str) -> DataError:
-        """Build the standard message ``FILE row R, field F: PROBLEM; REMEDY`` (rows count from 1, blank lines included)."""
-        return cls(f"{file} row {row}, field '{field}': {problem}; {remedy}")
+        """Build the standard message ``FILE row R, field F: PROBLEM; REMEDY`` (rows count from 1, blank lines included).
+
+        Names come from files: control characters are escaped, and what is too long to be read is shown in part.
+        """
+        message = f"{file} row {row}, field '{_part(field, 120)}': {_part(problem, 1000)}; {_part(remedy, 1000)}"
+        return cls(printable(message).replace("\n", "\\n"))
 
 
 class UselessRow(DataError):
@@ -56,8 +60,14 @@ def printable(text: str) -> str:
 
     Line breaks and spaces stay, and the joiners that emoji and some scripts are written with.
     """
+    if text.isprintable():
+        return text
     kept = "\n\u200c\u200d"
     return "".join(
         c if c.isprintable() or c in kept or unicodedata.category(c) == "Zs" else c.encode("unicode_escape").decode()
         for c in text
     )
+
+
+def _part(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[:limit]} ..."

@@ -7,8 +7,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from posttrain.data import render, render_branch
-from posttrain.data.batch import Ask, _plan, render_many
+from posttrain.data.batch import Ask, render_many
 from posttrain.data.copying import copies_contents
+from posttrain.data.plan import plan_of
 from posttrain.data.template import template_key
 from posttrain.errors import DataError, ModelError
 from posttrain.types import Message
@@ -87,7 +88,7 @@ def test_which_templates_run_once_a_role_pattern(name):
     assert copies_contents((HERE / f"{name}.jinja").read_text(encoding="utf-8")) == (name in FAST | {"mistral"})
     if name in FAST:
         tokenizer = family(name)
-        assert _plan(tokenizer, template_key(tokenizer), ("user", "assistant"), False) is not None
+        assert plan_of(tokenizer, template_key(tokenizer), ("user", "assistant"), False) is not None
 
 
 @pytest.mark.parametrize(

@@ -386,7 +386,7 @@ def test_faulty_messages(turns, expected):
     [
         ("{'a': 1}", "the text isn't JSON"),
         ('{"a": NaN}', "NaN is no JSON value"),
-        ('{"a": 1, "a": 2}', "a key stands twice in one object"),
+        ('{"a": 1, "a": 2}', "the key stands twice in one object"),
         ("[1]", "found a list, expected an object"),
         ("", "empty text"),
         ("[" * 100_000, "the text isn't JSON"),

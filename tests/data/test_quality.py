@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from posttrain.data.check import check, held_out, overlaps
+from posttrain.data.checking import check, held_out, overlaps
 from posttrain.data.quality import FileReport, Survey, Tally, by_reason, shape, survey
 from posttrain.data.tally import Pair, compared_pairs, lengths
 from posttrain.data.views import label_correlation

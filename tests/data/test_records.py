@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from posttrain.data.json_rows import leaves
 from posttrain.data.records import found_rows, records
+from posttrain.data.strict import leaves
 from posttrain.errors import ConfigError, DataError
 
 ROWS = [

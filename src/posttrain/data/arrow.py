@@ -9,8 +9,9 @@ from datetime import date, datetime, time
 from pathlib import Path
 from typing import Any
 
-from posttrain.data.formats.fields import Place, shown
-from posttrain.data.json_rows import Found, Refused
+from posttrain.data.formats.fields import Place, doubled, shown
+from posttrain.data.json_rows import Found
+from posttrain.data.strict import Refused
 from posttrain.errors import ConfigError, DataError
 
 _ROWS = 1024  # decoded at a time, fewer where rows are large
@@ -148,9 +149,9 @@ def _columns(schema: Any, file: str) -> bool:
         return text or kinds.is_integer(kind) or kinds.is_boolean(kind)
 
     nested = (kinds.is_dictionary, kinds.is_list, kinds.is_large_list, kinds.is_fixed_size_list)
+    if twice := doubled(schema.names):
+        raise DataError(f"{file}: two columns are named {shown(twice[0])}; rename one")
     for i, name in enumerate(schema.names):
-        if name in schema.names[:i]:
-            raise DataError(f"{file}: two columns are named {shown(name)}; rename one")
         if not fits(schema.field(i).type):
             kind = str(schema.field(i).type)[:60]
             raise DataError(f"{file}: column {shown(name)} is of type {kind}, which is not read; write it without")

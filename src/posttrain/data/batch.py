@@ -10,22 +10,24 @@ from __future__ import annotations
 import bisect
 import operator
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tokenizers import Tokenizer
 
 from posttrain.data.chat import Rendered, Span, check_bos, render, render_branch
-from posttrain.data.control import Coder, Found, encode_text, find_controls
+from posttrain.data.control import Coder
 from posttrain.data.copying import copies_contents
 from posttrain.data.formats import ROLES
-from posttrain.data.layout import Scaffold, cached_scaffold, coder_for, roles_only, stop_ids, trains
-from posttrain.data.template import Talk, Tools, markers, template_key, write
-from posttrain.errors import ModelError
+from posttrain.data.layout import coder_for, trains
+from posttrain.data.plan import Fixed, Plan, Text, plan_of, trim
+from posttrain.data.template import Tools, template_key
 from posttrain.types import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+_TRUE, _FALSE = [True], [False]
 
 
 class Ask(NamedTuple):
@@ -36,41 +38,6 @@ class Ask(NamedTuple):
     generation_prompt: bool = False
     answer_from: int | None = None
     rewritten: bool = False
-
-
-class _Fixed(NamedTuple):
-    """Ids that don't depend on contents; ``turn`` is the assistant message they are sampled in, or -1."""
-
-    ids: list[int]
-    turn: int
-
-
-class _Text(NamedTuple):
-    """Text to encode: strings and, as numbers, messages whose contents come there; else as `_Fixed`."""
-
-    parts: tuple[str | int, ...]
-    turn: int
-    prefix: bool
-    lstrip: bool
-    rstrip: bool
-
-
-class _Plan(NamedTuple):
-    """How conversations of one sequence of roles become ids.
-
-    Attributes:
-        items: in order; none straddles the start of a sampled turn.
-        trimmed: for each message, whether the template trims its content on the left and on the right.
-        first: for each assistant message, the item that starts its sampled turn.
-        after: for each message, the item after the stop token that ends it; None if none follows its content.
-        where: for each message, the item with its content.
-    """
-
-    items: tuple[_Fixed | _Text, ...]
-    trimmed: tuple[tuple[bool, bool], ...]
-    first: dict[int, int]
-    after: dict[int, int]
-    where: dict[int, int]
 
 
 def render_many(tokenizer: PreTrainedTokenizerBase, asks: Sequence[Ask], *, spans: bool = True) -> list[Rendered]:
@@ -90,8 +57,9 @@ def render_many(tokenizer: PreTrainedTokenizerBase, asks: Sequence[Ask], *, span
         return [_slow(tokenizer, ask, spans) for ask in asks]
     key = template_key(tokenizer)
     texts = _Texts([], [])
-    jobs = [_job(tokenizer, key, ask, texts) for ask in asks]
-    offsets = spans or any(m.train for ask in asks for m in ask.messages if m.role != "assistant")
+    plans: dict[Any, Plan | None] = {}
+    jobs = [_job(tokenizer, key, ask, texts, plans) for ask in asks]
+    offsets = spans or any(m.train and m.role != "assistant" for ask in asks for m in ask.messages)
     coder = coder_for(tokenizer)
     coded = _Texts(
         *(
@@ -100,9 +68,10 @@ def render_many(tokenizer: PreTrainedTokenizerBase, asks: Sequence[Ask], *, span
         )
     )
     out: list[Rendered] = []
+    bos = tokenizer.bos_token_id
     for ask, job in zip(asks, jobs, strict=True):
-        made = None if job is None else _assemble(job, ask, coded, spans)
-        if made is not None and ask.answer_from is None:
+        made = None if job is None else _assemble(job, ask, coded, spans, offsets)
+        if made is not None and ask.answer_from is None and made.ids[:2] == [bos, bos]:
             check_bos(tokenizer, made.ids)
         out.append(_slow(tokenizer, ask, spans) if made is None else made)
     return out
@@ -116,9 +85,9 @@ class _Texts(NamedTuple):
 
 
 class _Job(NamedTuple):
-    """A plan, the items of it that are asked for, and for each `_Text` of them its text's number."""
+    """A plan, the items of it that are asked for, and for each `Text` of them its text's number."""
 
-    plan: _Plan
+    plan: Plan
     begin: int
     end: int
     numbers: list[int]
@@ -134,15 +103,27 @@ def _slow(tokenizer: PreTrainedTokenizerBase, ask: Ask, spans: bool) -> Rendered
     return made if spans else made._replace(spans=[])
 
 
-def _job(tokenizer: PreTrainedTokenizerBase, key: tuple[Any, ...], ask: Ask, texts: _Texts) -> _Job | None:
-    """Put the conversation's texts into ``texts``; None if it has to be rendered by itself."""
+def _job(
+    tokenizer: PreTrainedTokenizerBase,
+    key: tuple[Any, ...],
+    ask: Ask,
+    texts: _Texts,
+    plans: dict[Any, Plan | None],
+) -> _Job | None:
+    """Put the conversation's texts into ``texts``; None if it has to be rendered by itself.
+
+    ``plans`` keeps those of this call, by roles: the lasting cache compares the whole tokenizer's settings.
+    """
     messages = ask.messages
     if ask.tools or not messages:
         return None
     for m in messages:
         if m.tool_calls or m.name or m.call_id or m.role not in ROLES or not m.content.strip():
             return None
-    plan = _plan(tokenizer, key, tuple([m.role for m in messages]), ask.generation_prompt)
+    pattern = (tuple([m.role for m in messages]), ask.generation_prompt)
+    if pattern not in plans:
+        plans[pattern] = plan_of(tokenizer, key, *pattern)
+    plan = plans[pattern]
     if plan is None:
         return None
     begin, end, last = 0, len(plan.items), len(messages) - 1
@@ -150,23 +131,18 @@ def _job(tokenizer: PreTrainedTokenizerBase, key: tuple[Any, ...], ask: Ask, tex
         if ask.answer_from not in plan.first or last not in plan.first:
             return None
         begin, end = plan.first[ask.answer_from], plan.after[last]
-    contents = [_trim(m.content, *sides) for m, sides in zip(messages, plan.trimmed, strict=True)]
+    contents = [trim(m.content, *sides) for m, sides in zip(messages, plan.trimmed, strict=True)]
     if not all(c.isascii() or _is_unicode(c) for c in contents):
         return None
     numbers: list[int] = []
     for item in plan.items[begin:end]:
-        if isinstance(item, _Text):
+        if isinstance(item, Text):
             text = "".join([contents[p] if isinstance(p, int) else p for p in item.parts])
-            text = _trim(text, item.lstrip, item.rstrip)
+            text = trim(text, item.lstrip, item.rstrip)
             pool = texts[item.prefix]
             numbers.append(len(pool))
             pool.append(text)
     return _Job(plan, begin, end, numbers)
-
-
-def _trim(text: str, left: bool, right: bool) -> str:
-    text = text.lstrip() if left else text
-    return text.rstrip() if right else text
 
 
 def _is_unicode(text: str) -> bool:
@@ -195,7 +171,7 @@ class Encoded(NamedTuple):
     source: Any
 
 
-def _assemble(job: _Job, ask: Ask, coded: _Texts, spans: bool) -> Rendered | None:
+def _assemble(job: _Job, ask: Ask, coded: _Texts, spans: bool, offsets: bool) -> Rendered | None:
     plan, messages = job.plan, ask.messages
     skipped = ask.answer_from or 0
     flags = [k >= skipped and trains(m) for k, m in enumerate(messages)]
@@ -206,17 +182,17 @@ def _assemble(job: _Job, ask: Ask, coded: _Texts, spans: bool) -> Rendered | Non
     numbers = iter(job.numbers)
     for item in plan.items[job.begin : job.end]:
         piece = None
-        if isinstance(item, _Text):
+        if isinstance(item, Text):
             piece = coded[item.prefix][next(numbers)]
             if piece is None:
                 return None
-        new = item.ids if isinstance(item, _Fixed) else piece.ids  # pyright: ignore[reportOptionalMemberAccess]
+        new = item.ids if isinstance(item, Fixed) else piece.ids  # pyright: ignore[reportOptionalMemberAccess]
         ids += new
-        mask += [item.turn >= 0 and flags[item.turn]] * len(new)
+        mask += (_TRUE if item.turn >= 0 and flags[item.turn] else _FALSE) * len(new)
         at.append(len(ids))
         pieces.append(piece)
     found: list[Span] = []
-    for m, message in enumerate(messages):
+    for m, message in enumerate(messages if offsets else ()):
         if m >= skipped and (spans or (flags[m] and message.role != "assistant")):
             low, high = _span(job, m, at, pieces, messages)
             found.append(Span(m - skipped, low, high))
@@ -235,9 +211,9 @@ def _span(
         return at[plan.first[m] - job.begin], at[plan.after[m] - job.begin]
     number = plan.where[m] - job.begin
     item, piece = plan.items[plan.where[m]], pieces[number]
-    assert isinstance(item, _Text) and piece is not None
+    assert isinstance(item, Text) and piece is not None
     place = item.parts.index(m)
-    contents = [_trim(x.content, *sides) for x, sides in zip(messages, plan.trimmed, strict=True)]
+    contents = [trim(x.content, *sides) for x, sides in zip(messages, plan.trimmed, strict=True)]
     texts = [contents[p] if isinstance(p, int) else p for p in item.parts]
     low = sum(map(len, texts[:place]))
     high = low + len(texts[place])
@@ -252,132 +228,3 @@ def _span(
         first -= 1
     last = at[number] + bisect.bisect_left(chars, high, key=start_of) if end is None else end
     return at[number] + first, max(at[number] + first, last)
-
-
-@lru_cache(maxsize=1024)
-def _plan(
-    tokenizer: PreTrainedTokenizerBase, key: tuple[Any, ...], roles: tuple[str, ...], generation_prompt: bool
-) -> _Plan | None:
-    """None where conversations of these roles have to be rendered one by one, if only for their error's sake."""
-    try:
-        talk = roles_only(*roles)
-        scaffold = cached_scaffold(tokenizer, key, talk, generation_prompt)
-        trimmed = _trimming(tokenizer, talk, scaffold, generation_prompt)
-        coder, stops = coder_for(tokenizer), stop_ids(tokenizer)
-    except ModelError:
-        return None
-    spoken = [m for m, role in enumerate(roles) if role == "assistant"]
-    if trimmed is None or any(scaffold.starts[m] is None for m in spoken):
-        return None
-    builder = _Builder(coder)
-    opening: int | None = None  # the assistant message whose sampling has started and whose content hasn't come
-    for i, piece in enumerate(scaffold.pieces):
-        controls = find_controls(coder, piece)
-        cuts = {len(piece) - s[1]: m for m, s in enumerate(scaffold.starts) if s is not None and s[0] == i}
-        spoken_before = scaffold.order[i - 1] if i else None
-        closing = controls[0] if i and controls and controls[0].id in stops else None
-        if spoken_before is not None and roles[spoken_before] != "assistant" and (closing is None or closing.start):
-            closing = None  # another's turn ends with its content unless a stop token follows at once
-        if spoken_before in spoken and closing is None:
-            return None
-        at = 0
-        for where, what in sorted([*((c.start, 1) for c in controls), *((c, 0) for c in cuts)]):
-            if where < at:
-                return None
-            builder.add(piece[at:where])
-            at = where
-            if what == 0:
-                builder.cut(cuts[where])
-                opening = cuts[where]
-                continue
-            if opening is not None:
-                return None  # no generation prompt
-            control = next(c for c in controls if c.start == where)
-            builder.control(control, piece)
-            at = control.end
-            if control is closing:
-                builder.after[spoken_before] = builder.close_turn()  # pyright: ignore[reportArgumentType]
-        builder.add(piece[at:])
-        if i < len(scaffold.order):
-            if opening not in (None, scaffold.order[i]):
-                return None
-            builder.add(scaffold.order[i])
-            opening = None
-    builder.flush(False)
-    if set(builder.first) != set(spoken):
-        return None
-    return _Plan(tuple(builder.items), trimmed, builder.first, builder.after, builder.where)
-
-
-class _Builder:
-    """Gathers a plan's items from left to right, with the rules of `encode_controlled`."""
-
-    def __init__(self, coder: Coder) -> None:
-        self.coder = coder
-        self.items: list[_Fixed | _Text] = []
-        self.first: dict[int, int] = {}
-        self.after: dict[int, int] = {}
-        self.where: dict[int, int] = {}
-        self._parts: list[str | int] = []
-        self._turn = -1
-        self._swallows = False
-        self._prefix = True  # nothing but a text's start, or a control token, has come since the last text
-
-    def add(self, part: str | int) -> None:
-        """Put text, or a message's content, at the end."""
-        if part != "":
-            self._parts.append(part)
-
-    def flush(self, rstrip: bool) -> None:
-        """Close the text in hand."""
-        parts, lstrip = self._parts, self._swallows
-        self._parts, self._swallows = [], False
-        if all(isinstance(p, str) for p in parts):
-            text = _trim("".join(map(str, parts)), lstrip, rstrip)
-            if not text:
-                return
-            self.items.append(_Fixed(encode_text(self.coder, text, self._prefix).ids, self._turn))
-        else:
-            self.where.update({p: len(self.items) for p in parts if isinstance(p, int)})
-            self.items.append(_Text(tuple(parts), self._turn, self._prefix, lstrip, rstrip))
-        self._prefix = False
-
-    def cut(self, m: int) -> None:
-        """Message m's sampling starts here."""
-        self.flush(False)
-        self._turn = m
-        self.first[m] = len(self.items)
-
-    def control(self, found: Found, piece: str) -> None:
-        """Put a control token at the end."""
-        token = self.coder.controls[piece[found.start : found.end]]
-        self.flush(token.lstrip)
-        self.items.append(_Fixed([token.id], self._turn))
-        self._swallows = token.rstrip
-        self._prefix = self.coder.prefix_after_control
-
-    def close_turn(self) -> int:
-        """The sampled turn ends here; return how many items there are."""
-        self._turn = -1
-        return len(self.items)
-
-
-def _trimming(
-    tokenizer: PreTrainedTokenizerBase, talk: Talk, scaffold: Scaffold, generation_prompt: bool
-) -> tuple[tuple[bool, bool], ...] | None:
-    """Which sides of each content the template trims, seen from markers with white space around them."""
-    marks = markers(talk)
-    text = write(tokenizer, talk, [f" \n{mark}\n " for mark in marks], generation_prompt)
-    trimmed = [(False, False)] * len(marks)
-    at = len(scaffold.pieces[0])
-    if not text.startswith(scaffold.pieces[0]):
-        return None
-    for m, piece in zip(scaffold.order, scaffold.pieces[1:], strict=True):
-        sides = [(left, right) for left in (False, True) for right in (False, True)]
-        shown = {s: ("" if s[0] else " \n") + marks[m] + ("" if s[1] else "\n ") + piece for s in sides}
-        fits = [s for s in sides if text.startswith(shown[s], at)]
-        if len(fits) != 1:
-            return None
-        trimmed[m] = fits[0]
-        at += len(shown[fits[0]])
-    return tuple(trimmed) if at == len(text) else None

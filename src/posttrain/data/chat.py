@@ -128,7 +128,7 @@ def render_response(
 
 def silent(messages: Sequence[Message]) -> list[Message]:
     """The same turns, none of them trained."""
-    return [replace(m, train=False) for m in messages]
+    return [replace(m, train=False) if trains(m) else m for m in messages]
 
 
 def check_response(response: Sequence[Message]) -> None:

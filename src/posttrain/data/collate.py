@@ -35,6 +35,7 @@ AT_ONCE = 1000
 
 TOO_LONG = "longer than max_length"
 TWINS = "responses equal after truncation"
+UNTRAINED = "no trained token left after truncation"
 PROMPT_CUT = "prompt cut on the left"
 COMPLETION_CUT = "completion cut, without stop token"
 
@@ -111,29 +112,32 @@ def demonstration_rows(
 
     checked = demonstrations(examples)
     rows, report = _collate(tokenizer, checked, ask, make, max_length, overlong)
-    untrained = sum(_untrained(_demonstration(e), history) for e in checked)
+    untrained = sum(_untrained(e, history) for e in checked)
     return rows, replace(report, untrained_turns=untrained)
 
 
 def _demonstration(example: Example) -> list[Message]:
     """The conversation, in which turns of the prompt are trained only if they say so."""
-    return [*(replace(m, train=m.train is True) for m in example.prompt), *example.responses[0].messages]
+    prompt = [m if m.train is True else replace(m, train=False) if trains(m) else m for m in example.prompt]
+    return [*prompt, *example.responses[0].messages]
 
 
-def _untrained(turns: Sequence[Message], history: str) -> int:
+def _untrained(example: Example, history: str) -> int:
     """How many assistant turns before the last aren't trained."""
-    earlier = [m for m in turns[:-1] if m.role == "assistant"]
-    return len(earlier) if history == "last" else sum(not trains(m) for m in earlier)
+    trained = [m.train is True for m in example.prompt if m.role == "assistant"]
+    trained += [trains(m) for m in example.responses[0].messages[:-1] if m.role == "assistant"]
+    return len(trained) if history == "last" else trained.count(False)
 
 
 def _demonstration_row(example: Example, position: int, whole: Rendered) -> Row:
-    if True not in whole.mask:
+    ids, mask = whole.ids, whole.mask
+    if True not in mask:
         remedy = "remove train=false from the turn to imitate, or remove the row"
         raise fault(example, position, "train", "no token is trained", remedy)
-    first = whole.mask.index(True)
-    last = len(whole.mask) - whole.mask[::-1].index(True)
-    branch = Branch(whole.ids[first:last], {"loss": whole.mask[first:last]})
-    return Row(whole.ids[:first], [branch])
+    first, last = mask.index(True), len(mask)
+    while not mask[last - 1]:
+        last -= 1
+    return Row(ids[:first], [Branch(ids[first:last], {"loss": mask[first:last]})])
 
 
 def ranking_rows(
@@ -233,8 +237,8 @@ def _collate(
                     dropped[TOO_LONG] += 1
                     continue
                 row = _cut(row, example, position, max_length, overlong, tokenizer.bos_token_id)
-                if _twins(example, row.branches):
-                    dropped[TWINS] += 1
+                if lost := _lost(example, row.branches):
+                    dropped[lost] += 1
                     continue
                 truncated[PROMPT_CUT if overlong == "truncate_prompt_left" else COMPLETION_CUT] += 1
             rows.append(row)
@@ -269,6 +273,13 @@ def _twins(example: Example, branches: Sequence[Branch]) -> bool:
     ranks: dict[tuple[int, ...], int | None] = {}
     responses = zip(example.responses, branches, strict=True) if branches else ()
     return any(ranks.setdefault(tuple(b.ids), r.rank) != r.rank for r, b in responses)
+
+
+def _lost(example: Example, branches: Sequence[Branch]) -> str:
+    """Why a row that was cut teaches nothing; '' where it does."""
+    if not all(any(True in mask for mask in branch.masks.values()) for branch in branches):
+        return UNTRAINED
+    return TWINS if _twins(example, branches) else ""
 
 
 def _length(row: Row) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -127,15 +128,19 @@ def encode_text(coder: Coder, text: str, prefix: bool = False) -> Coded:
             out.chars.extend((base + a, base + b) for a, b in encoding.offsets)
             continue
         # A vocabulary may reach a control token without the added-token search (whole words, unigram pieces):
-        # cut inside its spelling and encode both sides.
-        index = next(i for i, token in enumerate(encoding.ids) if token in coder.forbidden)
-        start, end = encoding.offsets[index]
-        if end - start < 2:
-            raise DataError(
-                f"the text {piece[start:end]!r} is a control token of this tokenizer "
-                f"(id {encoding.ids[index]}) and can't be spelled otherwise; remove it from the data"
-            )
-        todo += [(base + start + 1, piece[start + 1 :], False), (base, piece[: start + 1], starts)]
+        # cut inside each of its spellings, all at once lest many take quadratic time, and encode what lies between.
+        cuts = [0]
+        for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            if token not in coder.forbidden:
+                continue
+            if end - start < 2:
+                raise DataError(
+                    f"the text {piece[start:end]!r} is a control token of this tokenizer "
+                    f"(id {token}) and can't be spelled otherwise; remove it from the data"
+                )
+            cuts.append(start + 1)
+        parts = [(base + a, piece[a:b], starts and a == 0) for a, b in itertools.pairwise([*cuts, len(piece)])]
+        todo += reversed(parts)
     return out
 
 

@@ -5,61 +5,29 @@ from __future__ import annotations
 import codecs
 import io
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from posttrain.data.formats.fields import Place, kind_of, shown
 from posttrain.data.opened import MAX_ROW
+from posttrain.data.strict import LOOSE, MAX_DEPTH, STRICT, Refused, half_pair, too_deep
 from posttrain.errors import DataError
 
 Found = dict[str, Any] | DataError
 """A row, or the fault of a row after which reading can go on."""
 
-MAX_DEPTH = 100
-"""Levels of lists and objects a row may nest: what later walks over a row must not exhaust the stack."""
-
 _PIECE = 1 << 20
 _SPACE = re.compile(r"[ \t\r\n]*")
-_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # an escape that may be half of a surrogate pair
 _ROW = "(row)"
 _A_LINE = "write one JSON object a line"
 _A_ROW = "write each row as one JSON object"
 
 
-class Refused(Exception):
-    """A value that no row may have; carries field, problem and remedy."""
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise Refused(twice[:40], "the key stands twice in one object", "keep one")
-    return found
-
-
-def _constant(name: str) -> None:
-    raise Refused(_ROW, f"{name} is no JSON value", "write a finite number or null")
-
-
-def _finite(digits: str) -> float:
-    number = float(digits)
-    if math.isinf(number):
-        raise Refused(_ROW, f"the number {digits[:20]} is too large", "write a smaller one, or text")
-    return number
-
-
-_STRICT = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_constant, parse_float=_finite)
-_LOOSE = json.JSONDecoder(parse_int=str, parse_float=str)  # only finds where a refused value ends
-
-
 def parse_object(text: str, place: Place) -> dict[str, Any]:
     """Return the JSON object that ``text`` is, or raise the fault that says why it is none."""
     try:
-        value = _STRICT.decode(text)
+        value = STRICT.decode(text)
     except Refused as refused:
         raise place.fault(*refused.args) from refused
     except (ValueError, RecursionError) as error:
@@ -73,47 +41,11 @@ def _checked(value: Any, text: str, place: Place, remedy: str) -> dict[str, Any]
         raise place.fault(_ROW, f"found {kind_of(value)}, expected an object", remedy)
     # Whether there is anything to look for is asked first, of text rather than values: most rows have nothing.
     nested = any(type(part) is not str for part in value.values())
-    if nested and text.count("{") + text.count("[") > MAX_DEPTH and _deeper(value, MAX_DEPTH):
+    if nested and too_deep(value, text):
         raise _too_deep(place)
-    if "\\" in text and _HALF.search(text):
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            where = next((path for path, leaf in leaves(value) if _halved(leaf)), _ROW)
-            raise place.fault(where, "half of a surrogate pair", "remove the broken escape") from error
+    if where := half_pair(value, text):
+        raise place.fault(where, "half of a surrogate pair", "remove the broken escape")
     return value
-
-
-def _halved(leaf: Any) -> bool:
-    return isinstance(leaf, str) and any("\ud800" <= char <= "\udfff" for char in leaf)
-
-
-def leaves(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield (path, value) for every key and every value that is no container; the path is as faults name fields."""
-    stack: list[tuple[str, Any]] = [("", value)]
-    while stack:
-        path, item = stack.pop()
-        if isinstance(item, dict):
-            yield from ((path or _ROW, key) for key in item)
-            stack += [(f"{path}.{key}" if path else str(key), part) for key, part in item.items()]
-        elif isinstance(item, list):
-            stack += [(f"{path}[{i}]", part) for i, part in enumerate(item)]
-        else:
-            yield path, item
-
-
-def _deeper(value: Any, limit: int) -> bool:
-    level = [value]
-    for _ in range(limit):
-        level = [
-            part
-            for item in level
-            for part in (item.values() if isinstance(item, dict) else item)
-            if isinstance(part, (dict, list))
-        ]
-        if not level:
-            return False
-    return True
 
 
 def _too_deep(place: Place) -> DataError:
@@ -217,7 +149,7 @@ class _Window:
         fault: DataError | None = None
         while True:
             try:
-                value, end = (_LOOSE if fault else _STRICT).raw_decode(self.text, self.at)
+                value, end = (LOOSE if fault else STRICT).raw_decode(self.text, self.at)
             except Refused as refused:
                 fault = place.fault(*refused.args)
                 continue

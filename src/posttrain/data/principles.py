@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posttrain.data.formats.fields import Place, entries, fields_of, flag, text, texts
+from posttrain.data.formats.fields import Place, doubled, entries, fields_of, flag, shown, text, texts
 from posttrain.data.formats.turns import Turns, messages
 from posttrain.data.records import records
 from posttrain.errors import DataError
@@ -62,9 +62,8 @@ def read_principles(path: str | Path) -> list[Principle]:
             found.append(_requests(row, place))
         else:
             found.append(_principle(row, "", place.row, place))
-    names = [principle.name for principle in found]
-    if twice := next((name for name in names if names.count(name) > 1), ""):
-        raise DataError(f"{path}: two principles are named '{twice}'; rename one")
+    if twice := doubled(principle.name for principle in found):
+        raise DataError(f"{path}: two principles are named {shown(twice[0])}; rename one")
     return found
 
 

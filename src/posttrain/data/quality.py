@@ -12,11 +12,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from posttrain.data.mix import keyed, normal_prompt, normal_text
+from posttrain.data.mixing import keyed, normal_prompt, normal_text
 from posttrain.data.tally import Compared, Found, Lengths, Log, Pair, PairLengths, compared_pairs, lengths
 from posttrain.types import Example, Message, Response
 
 _QUOTED = re.compile(r"(?<!\w)'[^']*'|\"[^\"]*\"")  # not the apostrophe of "isn't"
+
+KINDS, OTHER_KINDS = 1000, "(others)"
+"""So many kinds are counted one by one, the first to come."""
 
 BIASED, ENOUGH = 0.1, 100
 """A share of pairs this far from one half, over at least so many pairs, is worth a note."""
@@ -153,7 +156,8 @@ class Survey:
         self._row.append(example.row)
         self._shapes[shape(example)] += 1
         if example.kind:
-            self._kinds[example.kind] += 1
+            known = example.kind in self._kinds or len(self._kinds) < KINDS
+            self._kinds[example.kind if known else OTHER_KINDS] += 1
         words = [len(r.text.split()) for r in example.responses]
         self._prompt_words[sum(len(m.content.split()) for m in example.prompt)] += 1
         self._response_words.update(words)
@@ -175,7 +179,7 @@ class Survey:
         """Log the hashes that show duplicates and contradictions."""
         number, prompt, normal = self.examples, _text(example.prompt), normal_prompt(example)
         answers = [_text(r.messages) for r in example.responses]
-        rest = [f"{r.rank} {r.score} {r.label} {r.attributes}" for r in example.responses]
+        rest = [f"{r.rank} {r.score} {r.label} {r.attributes} {r.steps}" for r in example.responses]
         rest.append(f"{example.preferences}{example.target}{example.tools}")
         self.prompts.add(keyed(normal), number)
         self._prompts.add(keyed(prompt), number)

@@ -12,16 +12,17 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from posttrain.data.formats.fields import Place, kind_of, shown
-from posttrain.data.json_rows import MAX_DEPTH, Found, leaves, line_rows, parse_object, rows_of_object, value_rows
+from posttrain.data.formats.fields import Place, doubled, kind_of, shown
+from posttrain.data.json_rows import Found, line_rows, parse_object, rows_of_object, value_rows
 from posttrain.data.opened import MAX_ROW, PARQUET, READABLE, SUFFIXES, kind_by_name, opened, refuse_foreign
+from posttrain.data.strict import MAX_DEPTH, leaves
 from posttrain.errors import ConfigError, DataError
 
 Numbered = Iterator[tuple[int, bytes]]
 
 _BOM = b"\xef\xbb\xbf"
 _PIECE = 1 << 20
-_BESIDE = re.compile(r"[._].*|(readme|licen[cs]e|changelog|sha256sums).*|.*\.(md|lock)", re.IGNORECASE)
+_BESIDE = re.compile(r"[._].*|(readme|licen[cs]e|changelog|sha256sums).*|.*\.(md|lock|check\.json)", re.IGNORECASE)
 
 
 def records(source: Any) -> Iterator[tuple[Place, dict[str, Any]]]:
@@ -223,8 +224,8 @@ def _header(names: list[str], place: Place) -> list[str]:
     for i, name in enumerate(names):
         if not name.strip():
             raise place.fault("(header)", f"column {i + 1} has no name", "name it (a table written with its index?)")
-        if name in names[:i]:
-            raise place.fault("(header)", f"two columns are named {shown(name)}", "rename one")
+    if twice := doubled(names):
+        raise place.fault("(header)", f"two columns are named {shown(twice[0])}", "rename one")
     return names
 
 
@@ -290,10 +291,9 @@ def _yaml_loader() -> type[Any]:
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            if len(set(keys)) < len(keys):
-                twice = next(key for key in keys if keys.count(key) > 1)
+            if twice := doubled(keys):
                 mark = node.start_mark
-                raise yaml.MarkedYAMLError(problem=f"the key {shown(twice)} stands twice", problem_mark=mark)
+                raise yaml.MarkedYAMLError(problem=f"the key {shown(twice[0])} stands twice", problem_mark=mark)
             found = super().construct_mapping(node, deep)
             odd = [key for key in found if not isinstance(key, str)]
             if odd:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from posttrain.data.check import CheckReport, Overlap, rendered
+from posttrain.data.checking import CheckReport, Overlap, rendered
 from posttrain.data.quality import FileReport, shape
 from posttrain.data.tally import Lengths
 from posttrain.errors import DataError, ModelError, printable
@@ -209,7 +209,7 @@ def highlighted(tokenizer: PreTrainedTokenizerBase, row: Rendered, *, marks: boo
 
     Args:
         tokenizer: decodes the ids.
-        row: from `check.rendered`.
+        row: from `checking.rendered`.
         marks: put trained stretches in ``[[ ]]``.
     """
     special = set(tokenizer.all_special_ids)

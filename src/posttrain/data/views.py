@@ -25,7 +25,11 @@ def demonstrations(examples: Sequence[Example]) -> list[Example]:
     Raises:
         DataError: an example without response, with a labelled failure as its best, or without a single best.
     """
-    return [replace(e, responses=(_best(e, i),)) for i, e in enumerate(_prompted(examples))]
+    found: list[Example] = []
+    for i, example in enumerate(_prompted(examples)):
+        best = _best(example, i)
+        found.append(example if len(example.responses) == 1 else replace(example, responses=(best,)))
+    return found
 
 
 def rankings(examples: Sequence[Example]) -> list[Example]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from posttrain.errors import DataError, UselessRow
@@ -58,12 +59,21 @@ def shown(value: Any) -> str:
     return repr(value[:_SHOWN]) + (" ..." if len(value) > _SHOWN else "")
 
 
+def doubled(names: Iterable[str]) -> list[str]:
+    """Return the names that stand more than once, in the order of their first place."""
+    return [name for name, count in Counter(names).items() if count > 1]
+
+
 def build(row: Row, place: Place, *, kind: str = "", meta: Mapping[str, Any] | None = None, **fields: Any) -> Example:
     """Return the example of a row: its columns ``kind`` and ``weight`` are read, columns nobody reads go to ``meta``."""
     found = row.get("kind")
     if found is not None and not isinstance(found, str):
         raise place.fault("kind", f"found {kind_of(found)}, expected a string", "quote it or leave it out")
     rest = {k: v for k, v in row.items() if k not in place.used}
+    meta = meta or {}
+    for name in sorted(rest.keys() & meta.keys()):
+        if rest[name] != meta[name]:
+            raise place.fault(name, "this format keeps something else under that name", "rename the column")
     return Example(
         kind=found if found is not None else kind,
         weight=weight(row["weight"], place) if "weight" in row else 1.0,
@@ -127,7 +137,8 @@ def number_list(value: Any, field: str, place: Place) -> list[float]:
 def whole(value: Any, field: str, place: Place, allowed: Sequence[int] | None = None) -> int:
     """Return a whole number, one of ``allowed`` where that is given."""
     found = number(value, field, place)
-    if not found.is_integer() or (allowed is not None and int(found) not in allowed):
+    exact = found.is_integer() and abs(found) <= 1 << 53  # beyond that, whole numbers can't be told apart
+    if not exact or (allowed is not None and int(found) not in allowed):
         wanted = "a whole number" if allowed is None else f"one of {_listed(allowed)}"
         raise place.fault(field, f"found {found:g}, expected {wanted}", "correct it or remove the row")
     return int(found)

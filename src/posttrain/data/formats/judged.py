@@ -24,6 +24,8 @@ from posttrain.data.formats.table import in_format
 from posttrain.data.formats.turns import assistant, in_order, user
 from posttrain.types import Example, Response, Step
 
+_STEPS = 1000  # of a solution, since each step not gone on with makes a solution of all before it
+
 _HEADS = {
     "task": "###The instruction to evaluate:\n",
     "answer": "###Response to evaluate:\n",
@@ -191,7 +193,7 @@ def prm800k_row(row: Row, place: Place) -> list[Example]:
     label = fields_of(row["label"], "label", place, ("steps",))
     path: list[Step] = []
     aside: list[list[Step]] = []
-    for i, entry in enumerate(entries(label["steps"], "label.steps", place)):
+    for i, entry in enumerate(entries(label["steps"], "label.steps", place, most=_STEPS)):
         field = f"label.steps[{i}]"
         taken, others = _step(fields_of(entry, field, place, ("completions", "chosen_completion")), field, place)
         aside += [[*path, other] for other in others]
@@ -200,7 +202,7 @@ def prm800k_row(row: Row, place: Place) -> list[Example]:
         path.append(taken)
     solutions = ([path] if any(step.label is not None for step in path) else []) + aside
     if not solutions:
-        problem = f"no step is rated (finish_reason {label.get('finish_reason')!r})"
+        problem = f"no step is rated (finish_reason {shown(label.get('finish_reason'))})"
         raise place.useless("no rated steps", "label.steps", problem, "remove the row")
     responses = tuple(stepped(steps, "\n", place) for steps in solutions)
     prompt = (user(text(question["problem"], "question.problem", place)),)

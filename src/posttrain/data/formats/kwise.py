@@ -52,17 +52,17 @@ def nectar_row(row: Row, place: Place) -> list[Example]:
     prompt = _open_transcript(row["prompt"], "prompt", place)
     answers: list[Turns] = []
     ranks: list[int] = []
-    models: list[Any] = []
+    about: list[dict[str, Any]] = []
     for i, item in enumerate(entries(row["answers"], "answers", place, least=2)):
         item = fields_of(item, f"answers[{i}]", place, ("answer", "rank"))
         answers.append((assistant(text(item["answer"], f"answers[{i}].answer", place)),))
         ranks.append(whole(item["rank"], f"answers[{i}].rank", place))
-        models.append(item.get("model"))
+        about.append({k: v for k, v in item.items() if k not in ("answer", "rank") and v is not None})
     not_all_tied(ranks, "answers", place)
     told_apart(answers, "answers", place)
     responses = tuple(
-        Response(messages=turns, rank=rank - min(ranks), meta={"model": model} if model is not None else {})
-        for turns, rank, model in zip(answers, ranks, models, strict=True)
+        Response(messages=turns, rank=rank - min(ranks), meta=meta)
+        for turns, rank, meta in zip(answers, ranks, about, strict=True)
     )
     return [build(row, place, prompt=prompt, responses=responses)]
 

@@ -193,8 +193,10 @@ def pku_row(row: Row, place: Place) -> list[Example]:
 def webgpt_row(row: Row, place: Place) -> list[Example]:
     """Two answers with a score each from -1 to 1 (WebGPT's comparisons); equal scores make the row useless."""
     question = row["question"]
+    about: dict[str, Any] = {}
     if isinstance(question, dict):
-        question = fields_of(question, "question", place, ("full_text",))["full_text"]
+        about = {k: v for k, v in fields_of(question, "question", place, ("full_text",)).items() if k != "full_text"}
+        question = question["full_text"]
     answers = _two(row, ("answer_0", "answer_1"), place)
     scores = [number(row[column], column, place) for column in ("score_0", "score_1")]
     not_all_tied(scores, "score_0", place)
@@ -202,7 +204,8 @@ def webgpt_row(row: Row, place: Place) -> list[Example]:
         Response(messages=turns, score=score, rank=int(score < max(scores)))
         for turns, score in zip(answers, scores, strict=True)
     )
-    return [build(row, place, prompt=(user(text(question, "question", place)),), responses=responses)]
+    prompt, meta = (user(text(question, "question", place)),), {"question": about} if about else None
+    return [build(row, place, prompt=prompt, responses=responses, meta=meta)]
 
 
 @in_format(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from posttrain.data.formats.fields import COMMON, Place, Row
+from posttrain.data.formats.fields import COMMON, Place, Row, doubled
 from posttrain.errors import ConfigError, DataError, suggest
 from posttrain.types import Example
 
@@ -117,6 +117,8 @@ def renamed(row: Row, columns: Mapping[str, str], place: Place) -> dict[str, Any
     """
     known = _known()
     theirs = {v: k for k, v in columns.items()}
+    if twice := doubled(columns.values()):
+        raise ConfigError(f"the column '{twice[0]}' is mapped to two of ours; map it to one")
     for ours, name in columns.items():
         if ours not in known:
             raise ConfigError(f"no format reads a column '{ours}' (mapped from '{name}'); {suggest(ours, known)}")
@@ -149,6 +151,10 @@ def recognise(row: Row, place: Place) -> Format:
         raise _several(columns, choices, place) if choices else _none(columns, place)
     if problem := _suspect(columns, choices[0].name):
         raise place.fault(*problem)
+    if isinstance(row.get("label"), bool) and "label" not in choices[0].used and choices[0].name != "prompt":
+        # A bad answer must not be read as one to imitate because its label is called something that we don't read.
+        problem = f"true or false, which format '{choices[0].name}' doesn't read: is this a good or a bad answer?"
+        raise place.fault("label", problem, "give 'prompt', 'completion' and 'label', or name the format with --format")
     return choices[0]
 
 

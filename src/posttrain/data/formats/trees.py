@@ -23,7 +23,7 @@ class _Node(NamedTuple):
 
 def _message(node: _Node, place: Place) -> Message:
     role = node.item.get("role")
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         raise place.fault(f"{node.field}.role", f"unknown role {shown(role)}", "known: assistant, prompter")
     return Message(role=_ROLES[role], content=text(node.item.get("text"), f"{node.field}.text", place))
 

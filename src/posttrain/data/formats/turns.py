@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from posttrain.data.formats.fields import Place, entries, fields_of, kind_of, shown, text
+from posttrain.data.strict import MAX_DEPTH, STRICT, Refused, half_pair, too_deep
 from posttrain.errors import suggest
 from posttrain.types import Message, Response, ToolCall
 
@@ -17,6 +18,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 Turns = tuple[Message, ...]
 
 _KEYS = frozenset({"role", "content", "train", "weight", "tool_calls", "name", "tool_call_id"})
+_CALL = ("name", "arguments")
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _TURN_ROLES = {"Human": "user", "Assistant": "assistant"}
 _SHAREGPT = {
@@ -89,6 +91,14 @@ def message(item: Any, field: str, place: Place, *, silent: bool = False) -> Mes
     )
 
 
+def _nothing_more(item: Mapping[str, Any], known: Iterable[str], field: str, what: str, place: Place) -> None:
+    """Refuse keys that nothing reads, so that nothing they say is lost; null says nothing."""
+    extra = [key[:40] for key in item if key not in known and item[key] is not None]
+    if extra:
+        remedy = "remove the key, or the row if it matters"
+        raise place.fault(field, f"the {what} has {sorted(extra)[:5]}, which nothing here reads", remedy)
+
+
 def _only_on(item: Mapping[str, Any], keys: Iterable[str], wanted: str, role: str, field: str, place: Place) -> None:
     for key in keys:
         if role != wanted and item.get(key) not in (None, []):
@@ -120,6 +130,7 @@ def _content(value: Any, field: str, place: Place, *, empty: bool) -> str:
         if kind != "text":
             found = f"a content part of type {shown(kind)}; only text is read"
             raise place.fault(f"{field}[{i}]", found, "remove the row or the part")
+        _nothing_more(part, ("type", "text"), f"{field}[{i}]", "content part", place)
         parts.append(text(part.get("text"), f"{field}[{i}].text", place, empty=True))
     return text("".join(parts), field, place, empty=empty)
 
@@ -132,8 +143,12 @@ def tool_calls(value: Any, field: str, place: Place) -> tuple[ToolCall, ...]:
         item = fields_of(item, at, place)
         if item.get("type", "function") != "function":
             raise place.fault(f"{at}.type", f"found {shown(item['type'])}, expected 'function'", "remove the row")
-        at, inner = (f"{at}.function", item["function"]) if "function" in item else (at, item)
+        nested = "function" in item
+        _nothing_more(item, ("id", "type", "index", *(("function",) if nested else _CALL)), at, "call", place)
+        at, inner = (f"{at}.function", item["function"]) if nested else (at, item)
         inner = fields_of(inner, at, place, ("name", "arguments"))
+        if nested:
+            _nothing_more(inner, _CALL, at, "call", place)
         number = text(item["id"], f"{field}[{i}].id", place) if item.get("id") is not None else ""
         name = text(inner["name"], f"{at}.name", place)
         calls.append(ToolCall(name=name, arguments=_arguments(inner["arguments"], f"{at}.arguments", place), id=number))
@@ -150,21 +165,19 @@ def _arguments(value: Any, field: str, place: Place) -> Mapping[str, Any]:
 
 def parsed(value: str, field: str, place: Place) -> Any:
     """Return the value of JSON text that stands in a field, read strictly: no doubled keys, no NaN."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            raise place.fault(field, "a key stands twice in one object", "keep one")
-        return found
-
-    def refuse(name: str) -> None:
-        raise place.fault(field, f"{name} is no JSON value", "write a finite number or null")
-
     text(value, field, place)
     try:
-        return json.loads(value, object_pairs_hook=unique, parse_constant=refuse)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise place.fault(field, f"the text isn't JSON ({error})", "write JSON, or the value itself") from error
+        found = STRICT.decode(value)
+    except Refused as refused:
+        raise place.fault(field, f"in the JSON text: {refused.args[1]}", refused.args[2]) from refused
+    except (ValueError, RecursionError) as error:
+        why = f" ({error})" if isinstance(error, json.JSONDecodeError) else ", or nested too deeply, or of huge numbers"
+        raise place.fault(field, f"the text isn't JSON{why}", "write JSON, or the value itself") from error
+    if too_deep(found, value):
+        raise place.fault(field, f"JSON text nested deeper than {MAX_DEPTH} levels", "flatten it or remove the row")
+    if half_pair(found, value):
+        raise place.fault(field, "half of a surrogate pair in the JSON text", "remove the broken escape")
+    return found
 
 
 def tools(value: Any, place: Place, field: str = "tools") -> tuple[Mapping[str, Any], ...]:
@@ -206,14 +219,18 @@ def sharegpt(value: Any, field: str, place: Place) -> Turns:
 def sharegpt_turn(item: Any, field: str, place: Place) -> Message:
     """Return one turn of ``{"from", "value"}``; a ``function_call`` has the JSON of its name and arguments as value."""
     who = fields_of(item, field, place, ("from", "value"))["from"]
+    _nothing_more(item, ("from", "value", "train", "weight"), field, "turn", place)
     if who == "function_call":
         call = parsed(item["value"], f"{field}.value", place)
         calls = tool_calls(call if isinstance(call, list) else [call], f"{field}.value", place)
-        return Message(role="assistant", content="", tool_calls=calls)
+        return Message(role="assistant", content="", tool_calls=calls, train=_train(item, field, place))
     if not isinstance(who, str) or who not in _SHAREGPT:
         hint = suggest(who, _SHAREGPT) if isinstance(who, str) else f"known: {', '.join(sorted(_SHAREGPT))}"
         raise place.fault(f"{field}.from", f"unknown speaker {shown(who)}", hint)
-    return Message(role=_SHAREGPT[who], content=text(item["value"], f"{field}.value", place))
+    role = _SHAREGPT[who]
+    _only_on(item, ("weight",), "assistant", role, field, place)
+    said = text(item["value"], f"{field}.value", place)
+    return Message(role=role, content=said, train=_train(item, field, place))
 
 
 def transcript(value: Any, field: str, place: Place) -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from posttrain.data.mix import (
+from posttrain.data.mixing import (
     MixReport,
     Part,
     Shuffle,

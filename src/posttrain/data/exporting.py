@@ -27,8 +27,8 @@ def export(examples: Iterable[Example], path: str | Path, columns: Columns | Non
     """Write examples to a .jsonl or .parquet file as TRL's columns and return the number of rows.
 
     Messages are lists of ``{"role", "content"}``. Besides a type's own columns there may be ``score_chosen``,
-    ``score_rejected`` and ``tools``; whatever else an example holds (``kind``, extra columns, named ratings, the
-    names of failures) stands as JSON text in the column ``meta``. The file appears only when it's complete.
+    ``score_rejected`` and ``tools``; whatever else an example holds (``kind``, extra columns, ratings, who judged,
+    the names of failures) stands as JSON text in the column ``meta``. The file appears only when it's complete.
 
     Args:
         examples: read once, in bounded memory.
@@ -36,12 +36,14 @@ def export(examples: Iterable[Example], path: str | Path, columns: Columns | Non
         columns: the type; None takes the one that fits the first example, and then all have to fit it.
 
     Raises:
-        ConfigError: another kind of file, unknown columns.
+        ConfigError: another kind of file, a directory that isn't there, unknown columns.
         DataError: an example that the columns can't express, with what it is that they can't; no examples.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise ConfigError(f"can't export to '{path}'; expected a name that ends with {' or '.join(SUFFIXES)}")
+    if not path.parent.is_dir():
+        raise ConfigError(f"can't write '{path}': there is no directory '{path.parent}'; make it or name another")
     rows = export_rows(examples, columns)
     first = next(rows, None)
     if first is None:
@@ -68,7 +70,7 @@ def export_rows(examples: Iterable[Example], columns: Columns | None = None) -> 
             make = _MAKERS[columns]
         _refuse_unsayable(example)
         for row in make(example):
-            yield row | _rest(example)
+            yield row | _rest(example, "score_chosen" in row)
 
 
 def fitting(example: Example) -> Columns:
@@ -176,20 +178,26 @@ def _refuse_unsayable(example: Example) -> None:
         raise _fault(example, "target", found, "remove it or train here")
 
 
-def _rest(example: Example) -> dict[str, Any]:
-    """Columns beside a type's own."""
+def _rest(example: Example, scored: bool) -> dict[str, Any]:
+    """Columns beside a type's own; ``scored`` if scores have some already."""
     row: dict[str, Any] = {}
     if example.target is not None:
         row["solution"] = example.target.answer
     if example.tools:
         row["tools"] = [dict(tool) for tool in example.tools]
     meta: dict[str, Any] = dict(example.meta)
-    if example.kind:
-        meta["kind"] = example.kind
-    of = [{"attributes": dict(r.attributes), "failure": r.failure, "meta": dict(r.meta)} for r in example.responses]
-    of = [{key: value for key, value in one.items() if value} for one in of]
-    if any(of):
-        meta["responses"] = of
+    answers = [
+        {"score": None if scored else r.score, "attributes": dict(r.attributes), "failure": r.failure}
+        | {"meta": dict(r.meta)}
+        for r in example.responses
+    ]
+    answers = [{key: value for key, value in one.items() if value not in (None, {})} for one in answers]
+    verdicts = [{key: value for key, value in (("axis", p.axis), ("by", p.by)) if value} for p in example.preferences]
+    more = {"kind": example.kind, "responses": any(answers) and answers, "preferences": any(verdicts) and verdicts}
+    for name, value in more.items():
+        if value and name in meta:
+            raise _fault(example, name, "a column of its own has the name that this takes in 'meta'", "rename it")
+        meta |= {name: value} if value else {}
     return row | ({"meta": json.dumps(meta, ensure_ascii=False)} if meta else {})
 
 

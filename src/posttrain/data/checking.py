@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from posttrain.data.chat import render
+from posttrain.data.formats.fields import Place
 from posttrain.data.load import ReadReport, stream
 from posttrain.data.quality import FileReport, Survey, Tally, by_reason
 from posttrain.errors import DataError, ModelError
@@ -87,14 +88,14 @@ def check(
     """
     surveys, files = [], []
     for source in sources:
-        found, read, faults, stopped = Survey(str(source)), ReadReport(), list[str](), ""
+        found, read, stopped = Survey(str(source)), ReadReport(), ""
         try:
             for example in stream(source, format=format, columns=columns, skip_bad=sys.maxsize, report=read):
-                found.add(example, _tokens(tokenizer, example, faults))
+                found.add(example, _tokens(tokenizer, example, read))
         except DataError as error:
             if not read.rows or read.examples:  # else nothing but rows that are counted already
                 stopped = str(error)
-        bad = by_reason([*read.bad, *faults])
+        bad = by_reason(read.bad)
         if read.faulty > len(read.bad):
             bad["of more kinds or the same, beyond the first listed"] = Tally(count=read.faulty - len(read.bad))
         useless = {
@@ -106,14 +107,15 @@ def check(
     return CheckReport(files=files, overlaps=overlaps(surveys))
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase | None, example: Example, faults: list[str]) -> int | None:
-    """The example's rendered length; one that can't be rendered joins the faults."""
+def _tokens(tokenizer: PreTrainedTokenizerBase | None, example: Example, read: ReadReport) -> int | None:
+    """The example's rendered length; one that can't be rendered is counted as a faulty row."""
     if tokenizer is None:
         return None
     try:
         return max(len(row.ids) for row in rendered(tokenizer, example))
     except (DataError, ModelError) as error:
-        faults.append(f"{example.file} row {example.row}, field 'chat template': {error}; ")
+        fault = DataError.at(example.file, example.row, "chat template", str(error), "")
+        read.count(Place(example.file, example.row), fault)
         return None
 
 
