@@ -58,6 +58,16 @@ def deterministic_kernels() -> None:
     settings.fill_uninitialized_memory = False  # every tensor made empty here is written before it is read
 
 
+def fast_bf16() -> bool:
+    """Whether the processor multiplies bf16 by instructions of its own (AVX512-BF16 or AMX)."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    flags = next((line.split() for line in text.splitlines() if line.startswith("flags")), list[str]())
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
 def matmul_speed(kind: str = "fp32", *, seconds: float = 0.3, size: int = 1024) -> float:
     """Measure square matrix products on the CPU: 2 size^3 operations each, in GFLOP/s.
 

@@ -77,9 +77,9 @@ def find_model(name: str) -> Found:
             raise ConfigError(f"model directory '{name}' has no config.json; expected one written by save_pretrained")
         return Found(name, Path(name).name)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        if _hub_cached(name) or not _offline():
-            return Found(name, name.split("/")[-1])
-        raise ConfigError(f"model '{name}' is not in the hub cache and HF_HUB_OFFLINE is set; give a directory")
+        if not _hub_cached(name):
+            _require_on_hub(name)
+        return Found(name, name.split("/")[-1])
     raise ConfigError(
         f"unknown model '{name}'; expected smollm2, small, small-base, a directory, or a hub name owner/model"
     )
@@ -139,6 +139,22 @@ def _hub_cached(name: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
     return isinstance(try_to_load_from_cache(name, "config.json"), str)
+
+
+def _require_on_hub(name: str) -> None:
+    """Ask the hub once, briefly, whether it has a model: loading would try for minutes before it says so."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    if _offline():
+        raise ConfigError(f"model '{name}' is not in the hub cache and HF_HUB_OFFLINE is set; give a directory")
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=5)
+    except Exception as error:  # the hub's client raises errors of its HTTP library, of which there are two
+        reason = " ".join(str(error).split())[:120]
+        raise ConfigError(
+            f"model '{name}' is neither a directory nor in the hub cache, and the hub did not give it ({reason}); "
+            "expected smollm2, small, small-base, a directory, or a hub name owner/model"
+        ) from error
 
 
 def model_files(path: str) -> list[Path]:

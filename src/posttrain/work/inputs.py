@@ -13,6 +13,7 @@ import torch
 
 from posttrain.data import ReadReport, read, resolve_data, stop_ids
 from posttrain.errors import ConfigError, DataError, suggest
+from posttrain.machine import fast_bf16
 from posttrain.models.load import cache_dir, find_model, load_generation_config, load_tokenizer, model_files
 from posttrain.stages import Context, Stage, stage_model
 from posttrain.types import Example
@@ -87,10 +88,7 @@ def choose_dtype(name: str, path: str) -> torch.dtype:
         return torch.float32
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-    cpu: Any = torch.cpu
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    fast = any(getattr(cpu, probe, lambda: False)() for probe in probes)
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if fast_bf16() else torch.float32
 
 
 def data_files(name: str, model: str | None) -> dict[str, Path]:
