@@ -269,7 +269,14 @@ def _nan_weight(directory: Path) -> list[str]:
     return reinforce(directory, policy=policy, hooks=at(0, lambda: weight.data.view(-1)[:1].fill_(math.nan)))
 
 
+def _nan_start(directory: Path) -> list[str]:
+    model = fresh()
+    model.net.base_model.layers[0].mlp.up_proj.weight.data.view(-1)[:1].fill_(math.nan)
+    return supervised(directory, every, model=model)
+
+
 def _dropout_later(directory: Path) -> list[str]:
+    torch.manual_seed(0)  # of what is dropped; how much that moves the KL is chance
     policy = fresh()
     return reinforce(directory, policy=policy, hooks=at(0, lambda: dropout(policy)), max_kl=0.05, steps=3)
 
@@ -385,6 +392,7 @@ FAULTS = [
         lambda d: reinforce(d, engine=changed(positive)),
     ),
     Fault("sampler and trainer differ at the start", REFUSE, FIRST, lambda d: reinforce(d, engine=other_sampler(-1))),
+    Fault("a weight is NaN at the start", REFUSE, FIRST, _nan_start),
     Fault("dropout is on at the start", REFUSE, FIRST, lambda d: supervised(d, every, model=dropout(fresh()))),
     Fault("the reference is not what its weights say", REFUSE, FIRST, lambda d: reinforce(d, batches=_other_reference)),
     Fault("no token is trained", REFUSE, FIRST, lambda d: supervised(d, lambda ids: [False] * len(ids))),

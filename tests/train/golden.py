@@ -27,7 +27,7 @@ from posttrain.train.sources import demonstration_source, ranking_source
 from .tiny import metrics, rollouts, run_in
 
 START = str(small_path("instruct"))
-STEPS = {"supervised": 100, "reward_model": 100, "preference": 100, "policy_gradient": 20}
+STEPS = {"supervised": 100, "reward_model": 100, "preference": 100, "policy_gradient": 100}
 VOCABULARY = 1000
 
 
@@ -62,10 +62,10 @@ def preference() -> tuple[Any, Any, Any]:
 
 
 def policy_gradient() -> tuple[Any, Any, Any]:
-    model = load_policy(START, dtype=torch.float32, train=True)
+    model, value = load_policy(START, dtype=torch.float32, train=True), new_reward(START, dtype=torch.float32, seed=4)
     reward = lambda completions: [Score((sum(c.ids) % 16) / 8 - len(c.ids) / 4) for c in completions]  # noqa: E731
-    source = rollouts(model, load_policy(START, dtype=torch.float32), None, reward=reward)
-    return {"policy": model}, PolicyGradient(critic=False, ratio_tolerance=1e-3), source
+    source = rollouts(model, load_policy(START, dtype=torch.float32), value, reward=reward)
+    return {"policy": model, "value": value}, PolicyGradient(ratio_tolerance=1e-3), source
 
 
 METHODS = {f.__name__: f for f in (supervised, reward_model, preference, policy_gradient)}

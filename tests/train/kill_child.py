@@ -36,18 +36,19 @@ from posttrain.stages import SFT, Recipe, Reinforce, TrainReward
 from posttrain.train.log import METRICS
 
 DATA = {"data": "smallworld", "dtype": "float32", "lora_rank": 0, "lr": 1e-3}
+MODELS = {"base": "small-base", "instruct": "small"}
 OWN = ("checkpoints", "journal", "tensorboard")  # what a stage keeps for itself
 
 
 def reward(**changes: Any) -> TrainReward:
     numbers: dict[str, Any] = {"limit": 12, "prompts_per_step": 4, "epochs": 2.0, "max_tokens": 300} | changes
-    return TrainReward(model="small", **DATA, **numbers)
+    return TrainReward(model=MODELS["instruct"], **DATA, **numbers)
 
 
 def sft() -> Recipe:
     """Two epochs of three steps, several micro-batches each."""
-    stage = SFT(model="small-base", limit=12, prompts_per_step=4, epochs=2.0, max_tokens=64, save_every=1, **DATA)
-    return Recipe("sft", {"stage": stage})
+    numbers: dict[str, Any] = {"limit": 12, "prompts_per_step": 4, "epochs": 2.0, "max_tokens": 64, "save_every": 1}
+    return Recipe("sft", {"stage": SFT(model=MODELS["base"], **DATA, **numbers)})
 
 
 def reward_model() -> Recipe:
@@ -60,13 +61,14 @@ def ppo() -> Recipe:
     numbers |= {"max_new_tokens": 12, "limit": 8, "max_tokens": 64, "save_every": 1, "value_lr": 1e-3}
     scorer = reward(limit=4, epochs=1.0)
     more = DATA | {"lora_rank": 4}
-    return Recipe("ppo", {"scorer": scorer, "stage": Reinforce(model="small", reward=scorer, **more, **numbers)})
+    stage = Reinforce(model=MODELS["instruct"], reward=scorer, **more, **numbers)
+    return Recipe("ppo", {"scorer": scorer, "stage": stage})
 
 
 def dpo() -> Recipe:
     numbers: dict[str, Any] = {"limit": 12, "prompts_per_step": 4, "epochs": 2.0, "max_tokens": 200, "save_every": 1}
     numbers |= {"warmup_steps": 2}
-    return Recipe("dpo", {"stage": stages.Prefer(model="small", **DATA, **numbers)})
+    return Recipe("dpo", {"stage": stages.Prefer(model=MODELS["instruct"], **DATA, **numbers)})
 
 
 METHODS: dict[str, Callable[[], Recipe]] = {"sft": sft, "reward": reward_model, "ppo": ppo}
@@ -299,6 +301,11 @@ def fixed(root: Path) -> list[dict[str, Any]]:
     return out
 
 
+def once(root: Path, names: list[str]) -> list[dict[str, Any] | None]:
+    """Each method killed after its third save, which for PPO lies between two updates on one rollout."""
+    return [trial(Method(root, name), root / f"once-{name}", "saved", 3, 0.0) for name in names]
+
+
 def polite(root: Path, name: str, sig: int) -> dict[str, Any]:
     """Ask a run to stop after its second save began; it must end by itself, with a checkpoint of the step it was making."""
     method, place = Method(root, name), root / f"polite-{name}-{sig}"
@@ -321,7 +328,7 @@ def warm() -> None:
     from posttrain.models.load import find_model, load_policy, load_tokenizer
     from posttrain.models.lora import Lora
 
-    for name in ("small", "small-base"):
+    for name in set(MODELS.values()):
         path = find_model(name).path
         load_tokenizer(path)
         load_policy(path, dtype=torch.float32, lora=Lora(rank=4, alpha=8), train=True, seed=0)
@@ -335,13 +342,20 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
     parser.add_argument("--fixed", action="store_true")
     parser.add_argument("--polite", action="store_true")
+    parser.add_argument("--once", action="store_true")
+    parser.add_argument("--model", help="train adapters of this model instead of all of the small one")
     args = parser.parse_args()
+    if args.model:
+        MODELS.update(base=args.model, instruct=args.model)
+        DATA["lora_rank"] = 4
     torch.set_num_threads(1)  # a pool of threads would not survive a fork
     warm()
     began = time.monotonic()
     report: dict[str, Any] = {"trials": trials(args.directory, args.kills, args.seed, args.methods)}
     if args.fixed:
         report["fixed"] = fixed(args.directory)
+    if args.once:
+        report["once"] = once(args.directory, args.methods)
     if args.polite:
         report["polite"] = [polite(args.directory, "ppo", s) for s in (signal.SIGTERM, signal.SIGINT)]
     report["seconds"] = round(time.monotonic() - began, 1)

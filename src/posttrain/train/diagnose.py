@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -257,7 +258,9 @@ def kl_cause(history: Sequence[Row_], max_kl: float, evidence: Evidence) -> str:
             f"sampler and trainer disagree (mean |ratio - 1| was {worst:.2f} before an update, 0 is right); give both the same weights, "
             "dtype and temperature"
         )
-    moved = max(row.get("kl/update", 0.0) for row in history)
+    # kl/update does not see what the last update of a rollout did
+    jumps = [(b["kl/mean"] - a["kl/mean"]) / b["length/mean"] for a, b in pairwise(rows)]
+    moved = max([*jumps, *(row.get("kl/update", 0.0) for row in history)])
     if moved > 0.05:
         return (
             f"the learning rate is too high (one rollout's updates moved the policy by {moved:.2f} nats a token); lower lr or "
@@ -311,7 +314,7 @@ class Watch:
         for notice in notices(self._history, max_kl=self.max_kl, evidence=self.evidence):
             if notice.stop:
                 good = self._good()
-                kept = "no step was measured below it" if good is None else f"checkpoints up to step {good} are kept"
+                kept = f"checkpoints up to step {good} are kept" if good else "no checkpoint was measured below it"
                 raise KLLimit(f"step {step}: {notice.text}. Stopped; {kept}")
             if notice.kind not in self._said:
                 self._said.add(notice.kind)

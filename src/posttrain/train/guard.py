@@ -165,7 +165,7 @@ class Guard:
         except (NonFiniteGradient, NonFinite, BadScore) as error:
             if before is not None:
                 self.objective.load_state(before)
-            gradient = Finding("gradient", f"({error})", "not finite", 0, 1, 1)
+            gradient = Finding("gradient", "norm", "not finite", 0, 1, 1)
             fault = NonFinite(gradient) if isinstance(error, NonFiniteGradient) else error
             with unmoved(self.objective):
                 return self._skip(step, fault, batch)
@@ -185,6 +185,7 @@ class Guard:
         """Undo the step, keep what made it, and say so."""
         self.optimizer.clear()
         self.bad += 1
+        finding = str(fault)
         if world().writes:
             path, finding = self._dump(step, fault, batch)
             self.run.console.print(
@@ -196,7 +197,7 @@ class Guard:
             if isinstance(fault, BadScore):
                 self.source.retract()  # a person mends the reward, which is then asked again
             raise TooManySkipped(
-                f"{self.run.title}: {self.bad} steps in a row were skipped, the last is step {step} ({fault}); the weights are "
+                f"{self.run.title}: {self.bad} steps in a row were skipped, the last is step {step} ({finding}); the weights are "
                 f"those before the first of them; look at {self.run.directory / 'faults'} with posttrain replay"
             )
         measured = self.source.metrics(step) if isinstance(fault, NonFinite) else {}
