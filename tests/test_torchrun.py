@@ -10,21 +10,8 @@ import sys
 import pytest
 from safetensors.torch import load_file
 
-OPTIONS = [
-    "run",
-    "dpo",
-    "--tiny",
-    "--model",
-    "small",
-    "--data",
-    "smallworld",
-    "--test",
-    "smallworld",
-    "--limit",
-    "32",
-    "--test-limit",
-    "12",
-]
+DATA = ["--model", "small", "--data", "smallworld", "--test", "smallworld", "--limit", "32", "--test-limit", "12"]
+OPTIONS = ["run", "dpo", "--tiny", *DATA]
 
 
 def start(folder, *command):
