@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import resource
 import subprocess
@@ -18,6 +19,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results" / "data_reading.json"
 
 
 def write_files(folder: Path, rows: int) -> list[Path]:
@@ -89,13 +92,19 @@ def measure(reader: str, path: str) -> None:
     import posttrain.data
 
     assert datasets and pyarrow.parquet and posttrain.data
-    began = time.perf_counter()
+    began, before = time.perf_counter(), time.process_time()
     count = sum(1 for _ in READERS[reader](path))
-    seconds = time.perf_counter() - began
+    seconds, busy = time.perf_counter() - began, time.process_time() - before
     unit = 1024 if sys.platform != "darwin" else 1024**2
     print(
         json.dumps(
-            {"rows": count, "seconds": seconds, "mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
+            {
+                "rows": count,
+                "seconds": seconds,
+                "rows_per_s": round(count / seconds),
+                "rows_per_cpu_s": round(count / busy),
+                "mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit),
+            }
         )
     )
 
@@ -109,6 +118,7 @@ def main() -> None:
     if options.measure:
         measure(*options.measure)
         return
+    table = {"rows": options.rows, "cpus": os.cpu_count(), "load": os.getloadavg()[0], "measured": {}}
     with tempfile.TemporaryDirectory() as folder:
         for path in write_files(Path(folder), options.rows):
             print(f"{path.suffix[1:]}, {path.stat().st_size / 1e6:.0f} MB, {options.rows:,} rows")
@@ -116,8 +126,12 @@ def main() -> None:
                 child = [sys.executable, __file__, "--measure", reader, str(path)]
                 found = json.loads(subprocess.run(child, check=True, stdout=subprocess.PIPE, text=True).stdout)
                 assert found["rows"] == options.rows
-                rate = found["rows"] / found["seconds"]
-                print(f"  {reader:20}{rate:12,.0f} rows/s {found['seconds']:8.1f} s {found['mib']:8,.0f} MiB peak")
+                table["measured"].setdefault(path.suffix[1:], {})[reader] = found
+                rates = f"{found['rows_per_s']:10,} rows/s {found['rows_per_cpu_s']:10,} rows/CPU s"
+                print(f"  {reader:20}{rates} {found['mib']:8,} MiB peak", flush=True)
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps({**known, "reading": table}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

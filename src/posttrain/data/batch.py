@@ -19,7 +19,7 @@ from posttrain.data.control import Coder
 from posttrain.data.copying import copies_contents
 from posttrain.data.formats import ROLES
 from posttrain.data.layout import coder_for, trains
-from posttrain.data.plan import Fixed, Plan, Text, plan_of, trim
+from posttrain.data.plan import Plan, Text, plan_of, trim
 from posttrain.data.template import Tools, template_key
 from posttrain.types import Message
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 
 _TRUE, _FALSE = [True], [False]
+_KEPT = (False, False)  # a content that the template trims on neither side
 
 
 class Ask(NamedTuple):
@@ -118,7 +119,7 @@ def _job(
     if ask.tools or not messages:
         return None
     for m in messages:
-        if m.tool_calls or m.name or m.call_id or m.role not in ROLES or not m.content.strip():
+        if m.tool_calls or m.name or m.call_id or m.role not in ROLES or not m.content or m.content.isspace():
             return None
     pattern = (tuple([m.role for m in messages]), ask.generation_prompt)
     if pattern not in plans:
@@ -131,14 +132,18 @@ def _job(
         if ask.answer_from not in plan.first or last not in plan.first:
             return None
         begin, end = plan.first[ask.answer_from], plan.after[last]
-    contents = [trim(m.content, *sides) for m, sides in zip(messages, plan.trimmed, strict=True)]
+    contents = [
+        m.content if sides == _KEPT else trim(m.content, *sides)
+        for m, sides in zip(messages, plan.trimmed, strict=True)
+    ]
     if not all(c.isascii() or _is_unicode(c) for c in contents):
         return None
     numbers: list[int] = []
     for item in plan.items[begin:end]:
         if isinstance(item, Text):
             text = "".join([contents[p] if isinstance(p, int) else p for p in item.parts])
-            text = trim(text, item.lstrip, item.rstrip)
+            if item.lstrip or item.rstrip:
+                text = trim(text, item.lstrip, item.rstrip)
             pool = texts[item.prefix]
             numbers.append(len(pool))
             pool.append(text)
@@ -186,11 +191,14 @@ def _assemble(job: _Job, ask: Ask, coded: _Texts, spans: bool, offsets: bool) ->
             piece = coded[item.prefix][next(numbers)]
             if piece is None:
                 return None
-        new = item.ids if isinstance(item, Fixed) else piece.ids  # pyright: ignore[reportOptionalMemberAccess]
+            new = piece.ids
+        else:
+            new = item.ids
         ids += new
         mask += (_TRUE if item.turn >= 0 and flags[item.turn] else _FALSE) * len(new)
-        at.append(len(ids))
-        pieces.append(piece)
+        if offsets:
+            at.append(len(ids))
+            pieces.append(piece)
     found: list[Span] = []
     for m, message in enumerate(messages if offsets else ()):
         if m >= skipped and (spans or (flags[m] and message.role != "assistant")):
