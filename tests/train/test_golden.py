@@ -16,6 +16,10 @@ TESTS = Path(__file__).parents[1]
 RECORD = json.loads((TESTS / "golden" / "losses.json").read_text())
 
 
+ELSEWHERE = STEPS | {"policy_gradient": 8}
+"""Steps that are compared where kernels differ: rounding may there tip a draw to another token, and that is another run."""
+
+
 def near(recorded: list[float]):
     """Within 1e-5 of each loss, or of the largest: a mean of advantages goes through 0."""
     return pytest.approx(recorded, rel=1e-5, abs=1e-5 * max(map(abs, recorded)))
@@ -52,11 +56,13 @@ def test_losses_are_those_recorded(runs, method):
     """To see which was checked: ``pytest -s``."""
     found, recorded = runs[0]["losses"][method], RECORD["losses"][method]
     exact = runs[0]["made_with"] == RECORD["made_with"]
-    print(f"{method}: {'exact' if exact else 'within 1e-5'}: {runs[0]['made_with']} against {RECORD['made_with']}")
+    print(
+        f"{method}: {'exact' if exact else f'within 1e-5 over {ELSEWHERE[method]} steps'}: {runs[0]['made_with']} against {RECORD['made_with']}"
+    )
     if exact:
         assert found == recorded
     else:
-        assert found == near(recorded)
+        assert found[: ELSEWHERE[method]] == near(recorded[: ELSEWHERE[method]])
 
 
 @pytest.mark.slow
@@ -66,4 +72,5 @@ def test_losses_of_other_kernels_are_near_those_recorded(tmp_path):
     found = finish(start(target, ATEN_CPU_CAPABILITY="default"), target)
     assert found["made_with"]["capability"] != RECORD["made_with"]["capability"]
     for method, recorded in RECORD["losses"].items():
-        assert found["losses"][method] == near(recorded), method
+        steps = ELSEWHERE[method]
+        assert found["losses"][method][:steps] == near(recorded[:steps]), method
