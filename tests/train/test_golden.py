@@ -16,7 +16,7 @@ TESTS = Path(__file__).parents[1]
 RECORD = json.loads((TESTS / "golden" / "losses.json").read_text())
 
 
-ELSEWHERE = STEPS | {"policy_gradient": 8}
+ELSEWHERE = STEPS | {"policy_gradient": 20}
 """Steps that are compared where kernels differ: rounding may there tip a draw to another token, and that is another run."""
 
 
@@ -56,9 +56,8 @@ def test_losses_are_those_recorded(runs, method):
     """To see which was checked: ``pytest -s``."""
     found, recorded = runs[0]["losses"][method], RECORD["losses"][method]
     exact = runs[0]["made_with"] == RECORD["made_with"]
-    print(
-        f"{method}: {'exact' if exact else f'within 1e-5 over {ELSEWHERE[method]} steps'}: {runs[0]['made_with']} against {RECORD['made_with']}"
-    )
+    checked = "exact" if exact else f"within 1e-5 over {ELSEWHERE[method]} steps"
+    print(f"{method}: {checked}: {runs[0]['made_with']} against {RECORD['made_with']}")
     if exact:
         assert found == recorded
     else:
