@@ -34,7 +34,7 @@ small: env
 	done
 
 test: env
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
 
 lint: env
 	$(BIN)/ruff check
