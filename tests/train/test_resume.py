@@ -313,14 +313,6 @@ def test_another_dtype_is_announced(tmp_path):
 # ---------------------------------------------------------------------------- signals
 
 
-@pytest.fixture(autouse=True)
-def interruptible():
-    """As in a terminal; a shell's background ignores Ctrl-C."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_run_after_its_step_is_saved(tmp_path, capfd, number):
     expected, _ = supervised(tmp_path / "whole", torch.float32)
