@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import math
-import sys
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -14,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
+from by_hand_example import loaded, packages
 from posttrain.forest import Batch
 from posttrain.losses.policy import ppo_clip
 from posttrain.models.attention import NAME
@@ -29,32 +27,18 @@ from posttrain.train.objectives import PolicyGradient
 from posttrain.train.optim import Optim
 from posttrain.train.rollouts import Plan, RolloutSource
 from posttrain.types import Example, Message
+from train.tiny import PROMPTS, exact
+from train.tiny import SHAPE as TINY
 
-FILE = Path(__file__).parents[1] / "examples" / "ppo_by_hand.py"
-SHAPE = {
-    "vocab_size": 40,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.1,
-    "pad_token_id": 0,
-}
-PROMPTS = [[5, 9, 11], [7], [8, 30, 31, 6, 12], [13, 13], [21, 4, 9, 10], [3, 38]]
+SHAPE = TINY | {"vocab_size": 40}
 STOPS = frozenset(range(32, 40))
 KL, LR, VALUE_LR, WARMUP = 0.1, 0.01, 0.02, 2
 
 
 @pytest.fixture(scope="module")
 def by_hand():
-    spec = importlib.util.spec_from_file_location("ppo_by_hand", FILE)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with loaded("ppo_by_hand") as module:
+        yield module
 
 
 def ours(net, **role) -> Model:
@@ -64,15 +48,6 @@ def ours(net, **role) -> Model:
     trained = bool(role.get("trained"))
     net.requires_grad_(trained)
     return Model(net, scalar=getattr(net, "score", None), **role)
-
-
-def exact(net):
-    """The network in float64 throughout: transformers' RMSNorm computes in fp32 whatever it is given."""
-    for parent in list(net.modules()):
-        for name, child in parent.named_children():
-            if type(child).__name__ == "LlamaRMSNorm":
-                setattr(parent, name, nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon))
-    return net.double().eval()
 
 
 @pytest.fixture
@@ -247,11 +222,4 @@ def test_the_example_runs_without_the_shipped_model(by_hand, tmp_path, capsys):
 
 
 def test_the_example_imports_torch_and_transformers_only():
-    import ast
-
-    names = {
-        (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
-        for node in ast.walk(ast.parse(FILE.read_text()))
-        if isinstance(node, (ast.Import, ast.ImportFrom))
-    }
-    assert names - set(sys.stdlib_module_names) == {"torch", "transformers"}
+    assert packages("ppo_by_hand") == {"torch", "transformers"}

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import ast
-import importlib.util
 import json
 import math
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 
+from by_hand_example import loaded, packages
 from posttrain.forest import Branch, Row
 from posttrain.train.loop import fit
 from posttrain.train.objectives import Preference
@@ -21,7 +18,6 @@ from posttrain.train.reference import row_logp
 from posttrain.train.sources import ranking_source, shuffled
 from train.tiny import network, role, run_in
 
-FILE = Path(__file__).parents[1] / "examples" / "dpo_by_hand.py"
 PAIRS = [
     ([5, 9, 11], [4, 7, 90], [12, 90]),
     ([7], [8, 8, 8, 91], [6, 13, 40, 41, 90]),
@@ -34,13 +30,8 @@ BETA, LR, WARMUP, STEPS = 0.3, 0.01, 3, 7
 
 @pytest.fixture(scope="module")
 def by_hand():
-    spec = importlib.util.spec_from_file_location("dpo_by_hand", FILE)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with loaded("dpo_by_hand") as module:
+        yield module
 
 
 def row(prompt, chosen, rejected):
@@ -97,9 +88,4 @@ def test_the_example_lowers_the_loss_from_log_2(by_hand, tmp_path, capsys):
 
 
 def test_the_example_imports_torch_and_transformers_only():
-    names = {
-        (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
-        for node in ast.walk(ast.parse(FILE.read_text()))
-        if isinstance(node, (ast.Import, ast.ImportFrom))
-    }
-    assert names - set(sys.stdlib_module_names) == {"torch", "transformers"}
+    assert packages("dpo_by_hand") == {"torch", "transformers"}

@@ -39,11 +39,16 @@ STOPS = frozenset(range(77, 97))
 
 
 def network(seed: int, *, scalar: bool = False, dtype: torch.dtype = torch.float64):
-    """A random network ; exact in float64 (transformers' own norm computes in fp32)."""
+    """A random network."""
     kind = LlamaForSequenceClassification if scalar else LlamaForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = kind(LlamaConfig(**SHAPE, num_labels=1, tie_word_embeddings=True, attn_implementation="sdpa"))
+    return exact(net, dtype)
+
+
+def exact(net, dtype: torch.dtype = torch.float64):
+    """The network in one dtype throughout: transformers' norm computes in fp32 whatever it is given."""
     for parent in list(net.modules()):
         for name, child in parent.named_children():
             if type(child).__name__ == "LlamaRMSNorm":
