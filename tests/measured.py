@@ -5,6 +5,7 @@ Values follow from the fields and the seed alone; ``time/step`` is another one e
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import time
@@ -14,12 +15,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from rich.console import Console
 
 from posttrain.errors import CheckError, ConfigError
 from posttrain.evals.results import closing_results, machine_section, policy_section, write_results
+from posttrain.runner import run_recipe
 from posttrain.stages import Context, Recipe, Stage
 
 ROWS = 12
+RUNS = Path("runs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +107,11 @@ def measured(data: str = "", effect: float = 1.0, rows: bool = True) -> Recipe:
     start = Start(data=data)
     tune = Tune(model=start, effect=effect)
     return Recipe("measured", {"start": start, "tune": tune, "measure": Measure(tune=tune, rows=rows)}, "measures")
+
+
+def go(name: str, recipe: Recipe | None = None, **options: Any) -> Path:
+    """Run a recipe in ``runs/NAME`` without a word, the measured one if None."""
+    return run_recipe(recipe or measured(), root=RUNS, name=name, console=Console(file=io.StringIO()), **options)
 
 
 def calls(runs: Path) -> list[str]:

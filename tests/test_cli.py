@@ -16,11 +16,7 @@ from toys import total
 HERE = Path(__file__).parent
 CHAIN = "toys:chain"
 
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def described(stage: str, run: str = "chain") -> dict:

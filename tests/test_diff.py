@@ -8,26 +8,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from measured import measured
+from measured import go, measured
 from posttrain import cli
 from posttrain.graph import override
 from posttrain.run_diff import Divergence, compare_runs, first_divergence, print_diff
-from posttrain.runner import Stopped, run_recipe
-from posttrain.stages import Recipe
+from posttrain.runner import Stopped
 from toys import chain
 
-RUNS = Path("runs")
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def go(name: str, recipe: Recipe | None = None, **options: Any) -> Path:
-    quiet = Console(file=io.StringIO())
-    return run_recipe(recipe or measured(), root=RUNS, name=name, console=quiet, **options)
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def shown(first: Path, second: Path, width: int = 80) -> str:

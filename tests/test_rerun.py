@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from measured import calls, measured
+from measured import RUNS, calls, go, measured
 from posttrain import cli
 from posttrain.errors import ConfigError
 from posttrain.graph import ordered, override, stage_config, stage_inputs
@@ -19,22 +19,11 @@ from posttrain.manifest import stage_record
 from posttrain.registry import RECIPES
 from posttrain.rerun import rebuild, rerun, restore
 from posttrain.run_diff import compare_runs
-from posttrain.runner import duration, run_recipe
+from posttrain.runner import duration
 from posttrain.stages import SFT, Recipe
 from toys import Count
 
-RUNS = Path("runs")
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def go(name: str, recipe: Recipe | None = None, **options: Any) -> Path:
-    quiet = Console(file=io.StringIO())
-    return run_recipe(recipe or measured(), root=RUNS, name=name, console=quiet, **options)
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def edit(run: Path, alter: Callable[[dict], object]) -> None:

@@ -21,11 +21,7 @@ from posttrain.sweep import Point, check_points, find_baseline, grid
 SWEEP = Path("runs/s")
 PNG = b"\x89PNG\r\n\x1a\n"
 
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def command(text: str) -> int:
