@@ -4,7 +4,7 @@ These files import no torch, so that a recipe can be listed and forecast at once
 """
 
 from posttrain.stages.base import Context, Overlong, Plan, Recipe, Stage, stage_model
-from posttrain.stages.closing import Evaluate, EvaluatePreference, EvaluateReward, Merge
+from posttrain.stages.closing import Evaluate, EvaluatePreference, EvaluateReward, HeldOut, Merge
 from posttrain.stages.training import SFT, Prefer, Pretrain, Reinforce, Training, TrainReward
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Evaluate",
     "EvaluatePreference",
     "EvaluateReward",
+    "HeldOut",
     "Merge",
     "Overlong",
     "Plan",

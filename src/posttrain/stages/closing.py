@@ -52,18 +52,15 @@ class Evaluate(Stage):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateReward(Stage):
-    """Accuracy of a reward model on held-out rankings, beside three baselines fitted to its training rankings.
+class HeldOut(Stage):
+    """What stages that measure on held-out rankings have: ``data`` that was trained on, and ``test`` data that was not.
 
-    ``test`` names the held-out data; ``limit`` and ``test_limit`` cut both, so as training was cut,
-    and ``skip_bad`` faulty rows of each are left out. Writes ``results.json``.
+    ``limit`` and ``test_limit`` cut both, so as training was cut, and ``skip_bad`` faulty rows of each are left out.
+    A subclass names a second base with what it measures: fields are listed from the last base to the first, so
+    that options begin with it.
     """
 
-    WORK: ClassVar[str] = "posttrain.work.evaluate_reward:run"
     DATA: ClassVar[tuple[str, ...]] = ("rankings",)
-    TINY: ClassVar[Mapping[str, Any]] = {"base": "small", "data": "smallworld", "test": "smallworld"}
-    base: str = "smollm2"
-    reward: Stage
     data: str = "default"
     test: str = "default"
     limit: int | None = None
@@ -73,6 +70,29 @@ class EvaluateReward(Stage):
     overlong: Overlong = "error"
     dtype: str = "auto"
     max_tokens: int = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TrainedReward(Stage):
+    base: str = "smollm2"
+    reward: Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TrainedPolicy(Stage):
+    policy: Stage
+    reference: str | Stage = "smollm2"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateReward(HeldOut, _TrainedReward):
+    """Accuracy of a reward model on held-out rankings, beside three baselines fitted to its training rankings.
+
+    ``base`` is what it was trained from. Writes ``results.json``.
+    """
+
+    WORK: ClassVar[str] = "posttrain.work.evaluate_reward:run"
+    TINY: ClassVar[Mapping[str, Any]] = {"base": "small", "data": "smallworld", "test": "smallworld"}
 
     def plan(self) -> Plan:
         """48 rankings, and the training rankings once for the frozen baseline."""
@@ -83,26 +103,14 @@ class EvaluateReward(Stage):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluatePreference(Stage):
+class EvaluatePreference(HeldOut, _TrainedPolicy):
     """Share of pairs that a policy's implicit reward (its log-ratio to the reference) orders right, beside baselines.
 
-    ``reference`` is what the policy started from; ``test`` names the held-out data. Writes ``results.json``.
+    ``reference`` is what the policy started from. Writes ``results.json``.
     """
 
     WORK: ClassVar[str] = "posttrain.work.prefer:evaluate"
-    DATA: ClassVar[tuple[str, ...]] = ("rankings",)
     TINY: ClassVar[Mapping[str, Any]] = {"reference": "small", "data": "smallworld", "test": "smallworld"}
-    policy: Stage
-    reference: str | Stage = "smollm2"
-    data: str = "default"
-    test: str = "default"
-    limit: int | None = None
-    test_limit: int | None = None
-    skip_bad: int = 0
-    max_length: int = 1024
-    overlong: Overlong = "error"
-    dtype: str = "auto"
-    max_tokens: int = 1024
 
     def plan(self) -> Plan:
         """Two models over 48 held-out and all training rankings."""
