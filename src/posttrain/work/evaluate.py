@@ -23,7 +23,8 @@ from posttrain.rollout.local import LocalEngine
 from posttrain.stages import Context, Evaluate
 from posttrain.train.progress import progress
 from posttrain.types import Example
-from posttrain.work.evaluate_reward import machine, reward_accuracy, stage_seconds
+from posttrain.work.evaluate_reward import reward_accuracy
+from posttrain.work.heldout import machine, stage_seconds
 from posttrain.work.inputs import Start, choose_dtype, load_examples, start_from
 from posttrain.work.reinforce import load_trained
 from posttrain.work.reward import slice_rows

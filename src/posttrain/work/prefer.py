@@ -22,9 +22,8 @@ from posttrain.train.objectives import Preference
 from posttrain.train.progress import progress
 from posttrain.train.reference import reference_logp, row_logp
 from posttrain.train.sources import ranking_source
-from posttrain.types import Example
-from posttrain.work.evaluate_reward import machine, stage_seconds
-from posttrain.work.inputs import Start, choose_dtype, load_examples, read_part, row_weights, start_from, test_file
+from posttrain.work.heldout import baseline_scores, fitting, machine, stage_seconds
+from posttrain.work.inputs import choose_dtype, load_examples, read_part, row_weights, start_from, test_file
 from posttrain.work.supervised import adapters, optimiser, training_run
 
 MARGIN = {torch.float32: 1e-3, torch.bfloat16: 2.0}
@@ -86,7 +85,10 @@ def evaluate(stage: EvaluatePreference, ctx: Context) -> None:
     dtype = choose_dtype(stage.dtype, start.path)
     train = rankings(load_examples(stage, ctx, "rankings"))
     test = rankings(read_part(test_file(stage), ctx, stage.test_limit, stage.skip_bad))
-    kept = {name: fitting(start, examples, stage, ctx, name) for name, examples in (("train", train), ("test", test))}
+    kept = {
+        name: fitting(start.tokenizer, examples, stage, ctx, f"{name} rankings")
+        for name, examples in (("train", train), ("test", test))
+    }
     policy = load_policy(str(ctx.inputs["policy"]), dtype=dtype)
     reference = load_policy(start.path, dtype=dtype)
     scores = {name: implicit_rewards(policy, reference, rows, stage, ctx, name) for name, (rows, _) in kept.items()}
@@ -112,15 +114,6 @@ def evaluate(stage: EvaluatePreference, ctx: Context) -> None:
     ctx.console.print(f"training pairs in the right order: {pairs}", highlight=False)
 
 
-def fitting(
-    start: Start, examples: list[Example], stage: EvaluatePreference, ctx: Context, name: str
-) -> tuple[list[Row], list[Example]]:
-    """The rows that the length limit keeps, and their examples; how many were dropped is printed."""
-    rows, report = ranking_rows(start.tokenizer, examples, max_length=stage.max_length, overlong=stage.overlong)
-    ctx.console.print(f"{name} rankings: {report}", highlight=False)
-    return rows, [examples[i] for i in report.index]
-
-
 def implicit_rewards(
     policy: Model, reference: Model, rows: list[Row], stage: EvaluatePreference, ctx: Context, name: str
 ) -> dict[str, list[list[float]]]:
@@ -135,13 +128,3 @@ def implicit_rewards(
         ]
     ratio = [[p - q for p, q in zip(a, b, strict=True)] for a, b in zip(*sums.values(), strict=True)]
     return {"implicit_reward": ratio} | sums
-
-
-def baseline_scores(train: list[Example], test: list[Example]) -> tuple[int, dict[str, list[list[float]]]]:
-    """Scores of two baselines that know less, fitted to the training rankings, and the direction that length was given."""
-    direction = rewards.length_direction(rewards.ranking_texts(train), rewards.ranking_ranks(train))
-    scores = {
-        "length": rewards.length_scores(rewards.ranking_texts(test), direction=direction),
-        "bag_of_words": rewards.bag_of_words_scores(train, test),
-    }
-    return direction, scores
