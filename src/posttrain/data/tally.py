@@ -140,8 +140,11 @@ def _values(example: Example) -> list[float]:
 class Compared:
     """Length of better against worse answers, over pairs of answers to one prompt; words split at white space.
 
-    ``longer_better`` is the share of pairs whose better answer is the longer, a tie in length counting half; ``tau``
-    is Kendall's tau-b of better and longer, as in `views.label_correlation`, None where lengths never differ.
+    ``pairs`` counts those of which one is better; ``longer_better`` is the share of them whose better answer is the longer,
+    a tie in length counting half; ``tau`` is Kendall's tau-b of better and longer, None where lengths never differ:
+
+    tau_b = (C - D) / sqrt(pairs that are not tied x pairs of different lengths), with C the pairs whose better answer is
+    the longer, D those whose better is the shorter (Kendall 1945, "The treatment of ties in ranking problems").
     """
 
     pairs: int

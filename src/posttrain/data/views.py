@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import NamedTuple
 
+from posttrain.data.tally import Pair, PairLengths
 from posttrain.errors import DataError
 from posttrain.types import Example, Message, Response
 
@@ -222,33 +223,28 @@ class LabelCorrelation:
 def label_correlation(examples: Sequence[Example]) -> LabelCorrelation:
     """Return rank-length statistics, pooled within rankings (responses to different prompts aren't compared).
 
-    tau_b = (C - D) / sqrt(pairs with different ranks x pairs with different lengths), with C the pairs whose
-    better response is the longer, D those whose better is the shorter (Kendall 1945, "The treatment of ties
-    in ranking problems"). Length is in words split at white space.
+    Every pair of a ranking counts, ties only among those of different lengths; the arithmetic is that of `tally.Compared`.
 
     Raises:
         DataError: as `rankings`; no examples.
     """
-    concordant = discordant = ranked = sized = 0
+    counted = PairLengths()
     best: list[int] = []
     worst: list[int] = []
     for example in rankings(examples):
-        items = [(r.rank or 0, len(r.text.split())) for r in example.responses]
-        for (rank_a, words_a), (rank_b, words_b) in combinations(items, 2):
-            order = (rank_b - rank_a) * (words_a - words_b)
-            concordant += order > 0
-            discordant += order < 0
-            ranked += rank_a != rank_b
-            sized += words_a != words_b
-        ranks = [rank for rank, _ in items]
-        best += [words for rank, words in items if rank == min(ranks)]
-        worst += [words for rank, words in items if rank == max(ranks)]
-    if not ranked:
+        words = [len(r.text.split()) for r in example.responses]
+        ranks = [r.rank or 0 for r in example.responses]
+        order = sorted(range(len(ranks)), key=lambda i: ranks[i])
+        counted.add(words, [Pair(a, b, "", ranks[a] == ranks[b]) for a, b in combinations(order, 2)])
+        best += [count for count, rank in zip(words, ranks, strict=True) if rank == min(ranks)]
+        worst += [count for count, rank in zip(words, ranks, strict=True) if rank == max(ranks)]
+    found = counted.result()
+    if found is None:
         raise DataError("no rankings to compare lengths in; expected at least one example")
     return LabelCorrelation(
-        tau=(concordant - discordant) / math.sqrt(ranked * sized) if sized else math.nan,
-        pairs=ranked,
-        longer_better=(concordant + (ranked - concordant - discordant) / 2) / ranked,
+        tau=math.nan if found.tau is None else found.tau,
+        pairs=found.pairs,
+        longer_better=found.longer_better,
         words_best=sum(best) / len(best),
         words_worst=sum(worst) / len(worst),
     )
