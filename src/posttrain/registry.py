@@ -20,10 +20,14 @@ class Registry(Mapping[str, Any]):
     Args:
         kind: what it holds, for error messages ("recipe", "preference loss").
         lazy: names to import strings, so that listing imports nothing.
+        ambiguous: names that mean several things, to the candidates; asking for one is an error that lists them.
     """
 
-    def __init__(self, kind: str, lazy: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, kind: str, lazy: dict[str, str] | None = None, ambiguous: Mapping[str, str] | None = None
+    ) -> None:
         self.kind = kind
+        self._ambiguous = dict(ambiguous or {})
         self._items: dict[str, Any] = dict(lazy or {})
         self._facts: dict[str, Mapping[str, Any]] = {}
 
@@ -66,6 +70,8 @@ class Registry(Mapping[str, Any]):
             return load_object(item) if isinstance(item, str) else item
         if ":" in name:
             return load_object(name)
+        if name in self._ambiguous:
+            raise ConfigError(f"{self.kind} '{name}' may be several methods; say which: {self._ambiguous[name]}")
         raise ConfigError(f"unknown {self.kind} '{name}'; {suggest(name, self._items)}")
 
     def __iter__(self) -> Iterator[str]:
@@ -96,6 +102,14 @@ def load_object(path: str) -> Any:
         raise ConfigError(f"'{module_name}' has no '{attribute}'; {suggest(attribute, names)}")
     return getattr(module, attribute)
 
+
+AMBIGUOUS = {
+    "rpo": "iterative_rpo (reasoning: DPO and likelihood), reward_aware_po, reward_aware_po_model_target, "
+    "reward_aware_po_squared or reward_aware_po_k (score gaps as targets), dpo_nll (DPO held by likelihood)",
+    "spo": "sppo or sppo_hard (win rates as targets), or rewards by posttrain.losses.games.self_play_reward",
+    "dro": "dro_v (scalar rewards with a value network), robust_dpo (labels flipped at a known rate)",
+}
+"""Names that papers share, with the methods that they may mean."""
 
 RECIPES = Registry(
     "recipe",

@@ -4,6 +4,23 @@
 files, and its file sets the attribute first, so the name below is the mapping whatever is imported first.
 """
 
+from posttrain.losses import (
+    anchored,
+    batchwise,
+    links,
+    margins,
+    reference_free,
+    separable,
+)  # they register their losses
 from posttrain.losses.preference import PairLogps, preference
 
-__all__ = ["PairLogps", "preference"]
+__all__ = [
+    "PairLogps",
+    "anchored",
+    "batchwise",
+    "links",
+    "margins",
+    "preference",
+    "reference_free",
+    "separable",
+]
