@@ -13,14 +13,14 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from posttrain.errors import CheckError
-from posttrain.train import checkpoint
+from posttrain.train import saver as saving
 from posttrain.train.checkpoint import (
-    Saver,
     Unusable,
     checkpoint_paths,
     newest_checkpoint,
@@ -31,7 +31,8 @@ from posttrain.train.checkpoint import (
 from posttrain.train.log import METRICS, MetricsLog
 from posttrain.train.loop import fit
 from posttrain.train.objectives import Supervised
-from posttrain.train.optim import Optim
+from posttrain.train.optim import MasterAdamW, Optim
+from posttrain.train.saver import Saver
 from posttrain.train.sources import demonstration_source
 
 from .tiny import equal, metrics, random_rows, role, run_in, weights
@@ -214,11 +215,12 @@ def test_ones_that_were_refused_do_not_push_out_good_ones(tmp_path):
     assert names(tmp_path) == ["step-00000004", "step-00000006"] and newest_checkpoint(tmp_path)[0].step == 6
 
 
-def test_a_save_is_of_the_moment_it_was_asked_for(tmp_path, monkeypatch):
+def test_a_save_is_of_the_moment_it_was_asked_for(tmp_path):
     """Weights go on changing while the writer is held up before its first byte."""
     gate, weight = threading.Event(), torch.zeros(1000)
     saver = Saver(tmp_path)
     saver.save(1, {"w": weight}, {}, {}, first=gate.wait)
+    saver.settle()
     weight += 1
     assert names(tmp_path) == []
     gate.set()
@@ -226,6 +228,49 @@ def test_a_save_is_of_the_moment_it_was_asked_for(tmp_path, monkeypatch):
     saver.join()
     one, two = (read_checkpoint(tmp_path / f"step-0000000{n}").tensors["w"] for n in (1, 2))
     assert not one.any() and (two == 1).all()
+
+
+def test_the_copy_of_a_save_goes_into_the_memory_of_the_last(tmp_path):
+    saver = Saver(tmp_path)
+    places = []
+    for step in (1, 2, 3):
+        saver.save(step, TENSORS if step < 3 else TENSORS | {"a": torch.zeros(7)}, {}, {})
+        saver.join()
+        places.append({name: buffer.data_ptr() for name, buffer in saver._buffers.items()})
+        assert not set(places[-1].values()) & {t.data_ptr() for t in TENSORS.values()}
+    assert places[0] == places[1] and {n for n in TENSORS if places[2][n] != places[0][n]} == {"a"}
+    found = read_checkpoint(tmp_path / "step-00000003").tensors
+    assert equal(found, TENSORS | {"a": torch.zeros(7)})
+
+
+def test_an_optimiser_waits_for_the_copy_and_not_for_the_disk(tmp_path, monkeypatch):
+    """The copy is held up until the update has begun, the writing until the update is made."""
+    weight = torch.nn.Parameter(torch.zeros(3))
+    optimizer, saver = MasterAdamW({"policy": {"w": weight}}, Optim(lr=1.0)), Saver(tmp_path)
+    began, updated, copy = threading.Event(), threading.Event(), np.copyto
+
+    def before_change():
+        began.set()
+        saver.settle()
+
+    def copy_late(*args):
+        assert began.wait(20)
+        time.sleep(0.05)
+        copy(*args)
+
+    def write_late():
+        assert updated.wait(20)
+
+    monkeypatch.setattr(np, "copyto", copy_late)
+    optimizer.before_change = before_change
+    saver.save(1, optimizer.tensors(), {}, {}, first=write_late)
+    weight.grad = torch.ones(3)
+    optimizer.step(1.0)
+    assert (weight != 0).all() and names(tmp_path) == []
+    updated.set()
+    saver.join()
+    assert not read_checkpoint(tmp_path / "step-00000001").tensors["policy/master/w"].any()
+    assert saver.held_up() > 0 and saver.held_up() == 0
 
 
 def test_what_the_writer_meets_is_raised_at_the_next_step(tmp_path):
@@ -258,7 +303,9 @@ def test_leftovers_of_dead_processes_go_and_those_of_living_ones_stay(tmp_path):
     child = subprocess.Popen(["sleep", "60"])
     dead = subprocess.Popen(["true"])
     dead.wait()
-    left = [f".step-00000004.0.{pid}.tmp" for pid in (dead.pid, child.pid, os.getpid())]
+    started = Path(f"/proc/{child.pid}/stat").read_text().split()[21]
+    owners = [f"{dead.pid}-12", f"{child.pid}-{started}", f"{child.pid}-{int(started) - 1}", f"{os.getpid()}-1"]
+    left = [f".step-00000004.0.{owner}.tmp" for owner in owners]  # the third's process number was given again
     for name in left:
         (tmp_path / name).mkdir()
         (tmp_path / name / "tensors.safetensors").write_bytes(b"half")
@@ -277,6 +324,26 @@ def test_json_is_replaced_whole(tmp_path):
 
 
 # ---------------------------------------------------------------------------- whole runs
+
+
+def test_training_goes_on_while_the_writer_writes(tmp_path, monkeypatch):
+    """The disk does not answer the save of step 2 until step 4 is made."""
+    on, sync, seen = threading.Event(), os.fsync, []
+
+    def slow(handle):
+        if threading.current_thread().name == "checkpoint-2":
+            seen.append(on.wait(20))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    train(tmp_path, steps=4, hooks=[lambda step, _: on.set() if step == 3 else None])
+    assert seen and all(seen)
+    assert [p.name for p in checkpoint_paths(tmp_path / "checkpoints")] == ["step-00000004", "step-00000002"]
+    train(tmp_path / "short", steps=2)
+    two, whole = (read_checkpoint(p / "checkpoints" / "step-00000002").tensors for p in (tmp_path / "short", tmp_path))
+    assert equal(two, whole)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["time/save"] > 0 for row in rows] == [False, False, True, False]
 
 
 def train(directory, steps=6, hooks=(), **changes):
@@ -361,7 +428,7 @@ def test_a_full_disk_loses_nothing(tmp_path, disk, monkeypatch, leave, words):
             fill(disk.place, leave)
 
     if words == "in the middle":
-        monkeypatch.setattr(checkpoint, "require_space", lambda *args: None)
+        monkeypatch.setattr(saving, "require_space", lambda *args: None)
     with pytest.raises(OSError) as caught:
         train(there, hooks=[hook])
     assert caught.value.errno == errno.ENOSPC
@@ -429,4 +496,4 @@ def test_metrics_are_registered_and_finite(tmp_path):
 def test_every_metric_says_what_it_is():
     assert all(m.unit and m.formula for m in METRICS.values())
     timed = {name for name, m in METRICS.items() if m.wall_clock}
-    assert timed == {"speed/tokens", "time/step", "time/generate", "time/score", "memory/peak"}
+    assert timed == {"speed/tokens", "time/step", "time/save", "time/generate", "time/score", "memory/peak"}

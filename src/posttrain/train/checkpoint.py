@@ -1,4 +1,4 @@
-"""Atomic, checksummed checkpoints of safetensors and JSON, written behind the training; no pickle is written or read.
+"""Atomic, checksummed checkpoints of safetensors and JSON; no pickle is written or read.
 
 A checkpoint is a directory ``step-N`` with ``tensors.safetensors``, ``state.json`` and ``manifest.json``, which holds the
 size and SHA-256 of the other two and a SHA-256 of itself. It becomes visible by one rename, after every file and directory
@@ -14,7 +14,6 @@ import json
 import os
 import re
 import shutil
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,16 +22,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from posttrain.errors import CheckError, PosttrainError, suggest
+from posttrain.errors import PosttrainError
 
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
     torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 """Names of dtypes in the safetensors format."""
-
-SPARE = 2**20
-"""Bytes that must be left free besides those of a checkpoint."""
 
 _COUNT = itertools.count()  # of temporary directories, so that no two of a process share a name
 
@@ -52,7 +48,7 @@ class Checkpoint(NamedTuple):
 def checkpoint_paths(directory: Path) -> list[Path]:
     """The checkpoints of a directory, newest first, by step (never by time)."""
     found = [path for path in directory.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
-    return sorted(found, key=_step_of, reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -125,7 +121,7 @@ def save_checkpoint(
         OSError: the disk is full, or the directory can't be written; what was there is as it was.
     """
     target = directory / f"step-{step:08d}"
-    partial = directory / f".{target.name}.{next(_COUNT)}.{os.getpid()}.tmp"
+    partial = _temporary(target)
     make_directory(directory)
     partial.mkdir()
     try:
@@ -141,153 +137,42 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-class Saver:
-    """Saves behind the training: a snapshot is taken at once, one thread writes it while the next steps are made.
-
-    The newest ``keep`` checkpoints stay, and the best one by the metric ``best``, of which a leading ``-`` says that less
-    is better. Use as a context: leaving it waits for the checkpoint under way, except when a person insists on leaving.
-
-    Raises:
-        CheckError: ``keep`` below 1.
-    """
-
-    def __init__(
-        self, directory: Path, *, start: int | None = None, keep: int = 2, best: str = "", known: Sequence[str] = ()
-    ) -> None:
-        """Take over a directory: what dead processes left half-written is removed.
-
-        ``start`` is the step that the run goes on from: what is newer was refused, and goes when there is a new one.
-        """
-        if keep < 1 or (best and best.removeprefix("-") not in known):
-            hint = f"; {suggest(best.removeprefix('-'), known)}" if best else ""
-            raise CheckError(f"got keep={keep}, best='{best}'; expected at least 1 and the name of a metric{hint}")
-        self.directory, self.keep, self.best = directory, keep, best
-        self._refused = {p for p in checkpoint_paths(directory) if start is not None and _step_of(p) > start}
-        self._buffers: dict[str, Tensor] = {}
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-        self._abandoned = False
-        remove_leftovers(directory)
-
-    def __enter__(self) -> Saver:
-        """Nothing is held yet."""
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        """Wait for the writer, whose error is raised unless another is on its way."""
-        if kind is not None and issubclass(kind, KeyboardInterrupt):
-            self._abandoned = True  # at once: the checkpoint under way will never become visible
-            return
-        if self._thread is not None:
-            self._thread.join()
-        if kind is None:
-            self.check()
-
-    def save(
-        self,
-        step: int,
-        tensors: Mapping[str, Tensor],
-        state: Any,
-        metrics: Mapping[str, float],
-        *,
-        first: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Take a snapshot and start writing it; ``first`` is called by the writer before the checkpoint becomes visible.
-
-        Raises:
-            OSError: too little space is free, or the save before this one failed.
-        """
-        self.join()
-        text = json.dumps(state, allow_nan=False)
-        require_space(self.directory, step, sum(t.numel() * t.element_size() for t in tensors.values()) + len(text))
-        snapshot = self._snapshot(tensors)
-        value = metrics.get(self.best.removeprefix("-")) if self.best else None
-
-        def write() -> None:
-            try:
-                first()
-                save_checkpoint(self.directory, step, snapshot, text, value=value, wanted=lambda: not self._abandoned)
-                self._prune(step)
-            except BaseException as error:
-                self._error = error
-
-        self._thread = threading.Thread(target=write, name=f"checkpoint-{step}", daemon=True)
-        self._thread.start()
-
-    def check(self) -> None:
-        """Raise what the writer met, once."""
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
-
-    def join(self) -> None:
-        """Wait for the save under way and raise what it met."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        self.check()
-
-    def oldest(self) -> int:
-        """The step of the oldest checkpoint that a run may continue from; 0 if there is none."""
-        paths = [path for path in checkpoint_paths(self.directory) if path not in self._refused][: self.keep]
-        return _step_of(paths[-1]) if paths else 0
-
-    def _snapshot(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A copy on the CPU, into the memory of the last one."""
-        out: dict[str, Tensor] = {}
-        for name, tensor in tensors.items():
-            old = self._buffers.get(name)
-            if old is None or old.shape != tensor.shape or old.dtype != tensor.dtype:
-                old = torch.empty(tensor.shape, dtype=tensor.dtype)
-            out[name] = old.copy_(tensor.detach())
-        self._buffers = out
-        return out
-
-    def _prune(self, step: int) -> None:
-        """Remove all but the newest and the best, and what the run could not go on from."""
-        for path in self._refused - {self.directory / f"step-{step:08d}"}:
-            remove(path)
-        self._refused = set()
-        paths = checkpoint_paths(self.directory)
-        spared = set(paths[: self.keep])
-        if self.best:
-            sign = -1.0 if self.best.startswith("-") else 1.0
-            values = {path: _value(path) for path in paths}
-            known = {path: sign * value for path, value in values.items() if value is not None}
-            spared |= {max(known, key=known.__getitem__)} if known else set()
-        for path in paths:
-            if path not in spared:
-                remove(path)
-
-
-def require_space(directory: Path, step: int, size: int) -> None:
-    """Refuse to begin a checkpoint that the disk can't hold.
-
-    Raises:
-        OSError: less than ``size`` bytes and some to spare are free (ENOSPC).
-    """
-    make_directory(directory)
-    free = shutil.disk_usage(directory).free
-    if free < size + SPARE:
-        need = f"the checkpoint of step {step} needs {(size + SPARE) / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
-        raise OSError(errno.ENOSPC, need, str(directory))
-
-
 def remove(path: Path) -> None:
     """Delete a directory so that a reader sees it whole or not at all."""
     if path.exists():
-        trash = path.with_name(f".{path.name}.{next(_COUNT)}.{os.getpid()}.tmp")
+        trash = _temporary(path)
         os.replace(path, trash)
         shutil.rmtree(trash)
 
 
+def _temporary(path: Path) -> Path:
+    """A name beside ``path`` that says which process made it."""
+    process = os.getpid()
+    return path.with_name(f".{path.name}.{next(_COUNT)}.{process}-{_started(process)}.tmp")
+
+
 def remove_leftovers(directory: Path) -> None:
-    """Delete temporary directories whose process is gone."""
+    """Delete the temporary directories of checkpoints whose process is gone; one that has its number now is another."""
     for path in directory.glob(".step-*.tmp"):
-        owner = path.name.removesuffix(".tmp").rpartition(".")[2]
-        if owner.isdigit() and int(owner) != os.getpid() and _alive(int(owner)):
+        process, _, started = path.name.removesuffix(".tmp").rpartition(".")[2].partition("-")
+        if process.isdigit() and int(process) != os.getpid() and _started(int(process)) == started:
             continue
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _started(process: int) -> str | None:
+    """When a process started, in ticks since the machine did; None if there is none, "" where the system does not say."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        pass
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return None
+    except OSError:  # someone else's
+        pass
+    return ""
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -362,23 +247,6 @@ def sync_directory(path: Path) -> None:
         os.close(handle)
 
 
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The step of a checkpoint's directory."""
     return int(path.name.removeprefix("step-"))
-
-
-def _value(path: Path) -> float | None:
-    """The value a checkpoint was saved with; None where its manifest can't be read."""
-    try:
-        return json.loads((path / "manifest.json").read_bytes())["value"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # someone else's
-        pass
-    return True

@@ -138,12 +138,16 @@ def memory_check(models: Mapping[str, Model], tokens: int) -> Check:
 
 
 def memory_forecast(models: Mapping[str, Model], tokens: int) -> float:
-    """Bytes of gradients, both AdamW moments, masters' gradients, activations of one micro-batch, and a chunk of logits."""
+    """Bytes of the first steps beyond the weights.
+
+    Gradients, both AdamW moments, masters' gradients, a checkpoint's copy of masters and moments, activations of one
+    micro-batch, and a chunk of logits.
+    """
     state = activations = 0.0
     for model in models.values():
         for p in model.parameters().values():
             wide = max(4, p.element_size())
-            state += p.numel() * (p.element_size() + 2 * wide + (wide if p.element_size() < 4 else 0))
+            state += p.numel() * (p.element_size() + 5 * wide + (wide if p.element_size() < 4 else 0))
         config: Any = model.net.config
         width = 8 * config.hidden_size + 4 * getattr(config, "intermediate_size", 4 * config.hidden_size)
         size = next(model.net.parameters()).element_size()

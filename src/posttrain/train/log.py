@@ -68,6 +68,9 @@ METRICS: dict[str, Metric] = {
     "data/epoch": Metric("epochs", "passes over the rows or prompts"),
     "speed/tokens": Metric("tokens a second", "packed tokens trained / seconds of the step", True),
     "time/step": Metric("seconds", "whole step", True),
+    "time/save": Metric(
+        "seconds", "waiting for a checkpoint: to begin it after the step before, and for its copy", True
+    ),
     "time/generate": Metric("seconds", "sampling", True),
     "time/score": Metric("seconds", "reward, reference and value passes", True),
     "memory/peak": Metric("bytes", "peak resident memory of the process", True),

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from posttrain.forest import Batch, split
 from posttrain.models.policy import Model, forward_stats
-from posttrain.train.checkpoint import Saver
 from posttrain.train.coupled import linearised
 from posttrain.train.diagnose import first_step
 from posttrain.train.distributed import Share, world
@@ -24,6 +23,7 @@ from posttrain.train.guard import Guard, NonFinite, TooManySkipped, pooled, repl
 from posttrain.train.log import METRICS, MetricsLog
 from posttrain.train.optim import MasterAdamW, Optim, schedule_factor
 from posttrain.train.progress import bar
+from posttrain.train.saver import Saver
 from posttrain.train.signals import Terminated, finish_step
 from posttrain.train.sources import Source
 from posttrain.train.state import capture, restore
@@ -86,18 +86,25 @@ def fit(
         saver = stack.enter_context(
             Saver(world().own(place), start=start, keep=run.keep, best=run.best, known=list(METRICS))
         )
+        optimizer.before_change = saver.settle
         advance = stack.enter_context(bar(run.console, run.title, start, run.steps))
         stopping = stack.enter_context(finish_step())
+
+        def save(step: int, metrics: Mapping[str, float]) -> None:
+            with saver.holding_up():
+                source.forget(saver.oldest())
+                state = capture(optimizer, source, objective, step, log.length())
+                saver.save(step, optimizer.tensors(), state, metrics, first=log.sync)
+
         for step in range(start, run.steps):
             began = time.perf_counter()
             try:
                 metrics = guard.attempt(step, partial(_update, guard, optim, run, first=step == start))
             except TooManySkipped:
                 if world().writes and step > start and step % run.save_every:  # else that one is there
-                    state = capture(optimizer, source, objective, step, log.length())
-                    saver.save(step, optimizer.tensors(), state, {}, first=log.sync)
+                    save(step, {})
                 raise
-            metrics |= _clock(began, metrics)
+            metrics |= _clock(began, metrics) | {"time/save": saver.held_up()}
             log.write(step, metrics)
             for hook in hooks:
                 hook(step, metrics)
@@ -106,9 +113,7 @@ def fit(
             saver.check()
             stop = any(world().gather(bool(stopping()), f"end of step {step}"))
             if world().writes and (stop or done % run.save_every == 0 or done == run.steps):
-                source.forget(saver.oldest())
-                state = capture(optimizer, source, objective, done, log.length())
-                saver.save(done, optimizer.tensors(), state, metrics, first=log.sync)
+                save(done, metrics)
             if stop:
                 saver.join()
                 if not stopping():

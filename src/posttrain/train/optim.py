@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -55,12 +55,16 @@ class NonFiniteGradient(CheckError):
 
 
 class MasterAdamW:
-    """torch's AdamW on fp32 copies of narrower parameters; fp32 and fp64 parameters are their own masters."""
+    """torch's AdamW on fp32 copies of narrower parameters; fp32 and fp64 parameters are their own masters.
+
+    ``before_change`` is called before masters, moments and parameters move: someone may still be reading them.
+    """
 
     def __init__(self, roles: Mapping[str, Mapping[str, nn.Parameter]], optim: Optim) -> None:
         """Prepare masters and moments for ``roles[role][name]``."""
         self.roles = {role: dict(named) for role, named in roles.items()}
         self.optim = optim
+        self.before_change: Callable[[], None] = lambda: None
         self.masters: dict[str, dict[str, Tensor]] = {}
         groups = []
         for role, named in self.roles.items():
@@ -91,6 +95,7 @@ class MasterAdamW:
             raise NonFiniteGradient(
                 f"the gradient's norm is {total} ({dict(zip(self.roles, norms, strict=True))}); weights are unchanged"
             )
+        self.before_change()
         for group in self.inner.param_groups:
             group["lr"] = factor * self.optim.role_lr.get(group["name"], self.optim.lr)
         self.inner.step()
@@ -132,6 +137,7 @@ class MasterAdamW:
         Raises:
             CheckError: the checkpoint is of other parameters.
         """
+        self.before_change()
         for key in tensors:
             role, _, name = key.split("/", 2)
             if name not in self.masters.get(role, {}):
