@@ -5,18 +5,21 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from measured import measured
+from posttrain import stages
 from posttrain.graph import describe, override
 from posttrain.machine import deterministic_kernels
 from posttrain.manifest import circumstances, code, git, stage_record
 from posttrain.models.small import small_path
 from posttrain.runner import Stopped, run_recipe
-from posttrain.stages import SFT, Recipe
+from posttrain.stages import SFT, Context, Recipe, Stage
 from toys import chain
 
 
@@ -137,6 +140,31 @@ def test_git_names_the_commit_and_whether_files_differ_from_it(tmp_path: Path):
     assert found is not None and len(found["commit"]) == 40 and found["changed"] is False
     (tmp_path / "a.txt").write_text("2")
     assert git(tmp_path) == {"commit": found["commit"], "changed": True}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Looks(Stage):
+    """Writes down which kernels torch may choose."""
+
+    def files(self) -> list[Path]:
+        return []
+
+
+def look(stage: Looks, ctx: Context) -> None:
+    (ctx.dir / "found.txt").write_text(str(torch.are_deterministic_algorithms_enabled()))
+
+
+def test_every_stage_computes_with_kernels_that_sum_in_one_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Looks, "WORK", f"{__name__}:look")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        Looks().run(Context(dir=tmp_path, inputs={}, console=Console(file=io.StringIO())))
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert (tmp_path / "found.txt").read_text() == "True"
+    own = [kind for kind in vars(stages).values() if isinstance(kind, type) and issubclass(kind, Stage)]
+    assert len(own) > 8 and all(kind.run is Stage.run for kind in own)  # none goes round it
 
 
 def test_circumstances_are_the_same_twice(monkeypatch: pytest.MonkeyPatch):

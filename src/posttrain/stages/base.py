@@ -10,6 +10,8 @@ from typing import Any, ClassVar, Literal
 
 from rich.console import Console
 
+from posttrain.machine import deterministic_kernels
+
 Overlong = Literal["error", "drop", "truncate_prompt_left", "truncate_completion"]
 PARAMETERS = 134.5e6  # of the default model, for forecasts made before any model is looked for
 TOKENS_A_ROW = 110  # prompt and answer of the default data, in tokens
@@ -54,7 +56,11 @@ class Stage:
     KNOBS: ClassVar[frozenset[str]] = frozenset({"max_tokens", "save_every", "keep"})
 
     def run(self, ctx: Context) -> None:
-        """Do the work, writing into ``ctx.dir``; on a second call, continue from the last checkpoint."""
+        """Do the work, writing into ``ctx.dir``; on a second call, continue from the last checkpoint.
+
+        Kernels whose sums have one order are chosen before.
+        """
+        deterministic_kernels()
         module, _, function = self.WORK.partition(":")
         getattr(importlib.import_module(module), function)(self.sized(ctx.tiny), ctx)
 

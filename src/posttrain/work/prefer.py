@@ -13,7 +13,6 @@ from posttrain.data.views import rankings
 from posttrain.evals import results as sections
 from posttrain.evals import reward as rewards
 from posttrain.forest import Row
-from posttrain.machine import deterministic_kernels
 from posttrain.models.load import cache_dir, load_policy, save_merged
 from posttrain.models.policy import Model
 from posttrain.stages import Context, EvaluatePreference, Prefer
@@ -32,7 +31,6 @@ MARGIN = {torch.float32: 1e-3, torch.bfloat16: 2.0}
 
 def run(stage: Prefer, ctx: Context) -> None:
     """Ask the start model for its log-probabilities, train away from it, and write the model."""
-    deterministic_kernels()  # before the reference is asked
     start = start_from(stage.model, ctx)
     examples = load_examples(stage, ctx, "rankings")
     rows, report = ranking_rows(start.tokenizer, examples, max_length=stage.max_length, overlong=stage.overlong)

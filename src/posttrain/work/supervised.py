@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from posttrain.data.collate import demonstration_rows
-from posttrain.machine import deterministic_kernels
 from posttrain.models.load import load_policy, save_merged
 from posttrain.models.lora import Lora
 from posttrain.stages import SFT, Context, Training
@@ -41,8 +40,7 @@ def optimiser(stage: Training) -> Optim:
 
 
 def training_run(stage: Training, ctx: Context, steps: int, title: str) -> Run:
-    """The stage's run: its directory, length and memory knob; kernels are deterministic from here on."""
-    deterministic_kernels()
+    """The stage's run: its directory, length and memory knob."""
     return Run(
         directory=ctx.dir,
         steps=steps,
