@@ -55,7 +55,7 @@ def run(
     --seed N            seed of every random draw (default: 0)
     --until STAGE       stop after this stage
     --dry-run           print the stages with forecasts of time and memory; compute nothing
-    --tiny              run every stage at the size of the small world
+    --tiny              run every stage at the size of the small world; values typed beside it stay
     --resume            only go on with a run: an error if there is none, or if all of it is finished
     --allow-changed     go on although settings, data or library versions changed; run.json records the difference
     --restart-changed   clear the stages whose settings changed, and what reads them, and run them again
@@ -107,7 +107,7 @@ def train(
     --name NAME         name of the run, a directory under runs/ (default: train-METHOD)
     --seed N            seed of every random draw (default: 0)
     --dry-run           print a forecast of time and memory; compute nothing
-    --tiny              train at the size of the small world
+    --tiny              train at the size of the small world; values typed beside it stay
     --resume, --allow-changed, --restart-changed   as for `posttrain run`
     --FIELD V           change a field of the stage, e.g. --data pairs.jsonl; `train METHOD --help` lists them
     """
@@ -218,7 +218,7 @@ def dispatch(args: list[str]) -> int:
 
 def build_recipe(name: str, more: Mapping[str, str | None]) -> Recipe:
     """Call a recipe with its options and apply ``STAGE.FIELD`` overrides, both given as text."""
-    from posttrain.graph import override
+    from posttrain.graph import override, typed_fields
     from posttrain.stages import Recipe
 
     options = recipe_options(name)
@@ -226,7 +226,8 @@ def build_recipe(name: str, more: Mapping[str, str | None]) -> Recipe:
     for key, option in options.items():
         if option.default is option.empty and key not in given:
             raise ConfigError(f"recipe '{name}' needs {flag(key)} {type_name(option.annotation).upper()}")
-    recipe = RECIPES[name](**{key: convert(value, options[key].annotation, key) for key, value in given.items()})
+    values = {key: convert(value, options[key].annotation, key) for key, value in given.items()}
+    recipe = RECIPES[name](**values)
     if not isinstance(recipe, Recipe):
         raise ConfigError(f"'{name}' returned a {type(recipe).__name__}; a recipe is a function that returns a Recipe")
     changes: dict[str, dict[str, Any]] = {}
@@ -241,6 +242,7 @@ def build_recipe(name: str, more: Mapping[str, str | None]) -> Recipe:
             known = [flag(other) for other in (*options, *keyword_options(run))]
             hint = f"did you mean '--{owners[0]}.{key}'?" if owners else suggest(flag(key), known)
             raise ConfigError(f"unknown option '{flag(key)}' of recipe '{name}'; {hint}")
+    recipe = dataclasses.replace(recipe, typed=typed_fields(RECIPES[name], values, recipe))
     return override(recipe, changes)
 
 

@@ -91,7 +91,7 @@ def sweep(
     --metric NAME       the number compared (default: the last policy's held-out reward; a wrong name lists all)
     --baseline POINT    the point that others are compared with (default: the first)
     --name NAME         name of the sweep, a directory under runs/ (default: the recipe's with -sweep)
-    --tiny              run every stage at the size of the small world
+    --tiny              run every stage at the size of the small world; values typed beside it stay
     --dry-run           print the points with a forecast of time and memory; compute nothing
     """
     from posttrain import cli

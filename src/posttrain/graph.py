@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,7 +80,7 @@ def until_stage(stages: Mapping[str, Stage], until: str | None) -> dict[str, Sta
 
 
 def override(recipe: Recipe, changes: Mapping[str, Mapping[str, Any]]) -> Recipe:
-    """Return the recipe with fields of stages replaced; stages that refer to a changed stage see the new one.
+    """Return the recipe with fields of stages replaced, and typed; stages that refer to a changed stage see the new one.
 
     Args:
         recipe: left as it is.
@@ -101,7 +103,34 @@ def override(recipe: Recipe, changes: Mapping[str, Mapping[str, Any]]) -> Recipe
                 raise ConfigError(f"stage '{name}' has no field '{field}'; {suggest(field, fields)}")
             fields[field] = value
         new[id(stage)] = dataclasses.replace(stage, **fields)
-    return dataclasses.replace(recipe, stages={name: new[id(stage)] for name, stage in recipe.stages.items()})
+    typed = {name: recipe.typed.get(name, frozenset()) | set(fields) for name, fields in changes.items()}
+    stages = {name: new[id(stage)] for name, stage in recipe.stages.items()}
+    return dataclasses.replace(recipe, stages=stages, typed={**recipe.typed, **typed})
+
+
+def typed_fields(
+    function: Callable[..., Recipe], given: Mapping[str, Any], recipe: Recipe
+) -> dict[str, frozenset[str]]:
+    """Return the fields, by stage, that the options given to a recipe's function set, of those that ``--tiny`` would set.
+
+    They are those that change when an option is left out; where it was given its default, or can't be left out, those of
+    the same text, or of the option's name and value.
+    """
+    found: dict[str, frozenset[str]] = {}
+    for key, value in given.items():
+        default = inspect.signature(function).parameters[key].default
+        others: Mapping[str, Stage] = {}
+        if default is not inspect.Parameter.empty and default != value:
+            with suppress(Exception):  # whatever a recipe raises that can't do without it
+                others = function(**{other: item for other, item in given.items() if other != key}).stages
+        for name, stage in recipe.stages.items():
+            values = {f: now for f in stage.TINY if not isinstance(now := getattr(stage, f), Stage)}
+            if name in others:
+                own = {field for field, now in values.items() if now != getattr(others[name], field, now)}
+            else:
+                own = {f for f, now in values.items() if now == value and (isinstance(value, str) or f == key)}
+            found[name] = found.get(name, frozenset()) | own
+    return found
 
 
 def plain(value: Any, where: str) -> Any:
@@ -152,24 +181,29 @@ def content_hash(path: Path) -> str:
         raise ConfigError(f"can't read the data file '{path}': {error.strerror}; check the path") from error
 
 
-def describe(stages: Mapping[str, Stage], *, seed: int, tiny: bool) -> dict[str, dict[str, Any]]:
+def describe(
+    stages: Mapping[str, Stage], *, seed: int, tiny: bool, typed: Mapping[str, Collection[str]] | None = None
+) -> dict[str, dict[str, Any]]:
     """Return each stage's ``stage.json``, for stages in run order.
 
     ``key`` hashes all that decides the result: class, fields, keys of inputs, data files (name and contents,
-    not place), seed, size and version; fields of ``KNOBS``, which can't change a result, are left out. ``inputs`` are the
-    names of the inputs, for readers; ``versions`` are those of libraries, which matter only while a stage is unfinished.
+    not place), seed, size, fields whose ``typed`` values a tiny run keeps, and version; fields of ``KNOBS``, which can't
+    change a result, are left out. ``inputs`` are the names of the inputs, for readers; ``versions`` are those of
+    libraries, which matter only while a stage is unfinished.
     """
     names = {id(stage): name for name, stage in stages.items()}
     found: dict[str, dict[str, Any]] = {}
     for name, stage in stages.items():
         inputs = {field: names[id(other)] for field, other in stage_inputs(stage).items()}
+        held = stage.held(tiny, (typed or {}).get(name, ()))
         identity = {
             "class": type(stage).__name__,
             "config": stage_config(stage),
             "input_keys": {field: found[other]["key"] for field, other in inputs.items()},
-            "files": [[path.name, content_hash(path)] for path in getattr(stage.sized(tiny), "files", list)()],
+            "files": [[path.name, content_hash(path)] for path in getattr(stage.sized(tiny, held), "files", list)()],
             "seed": seed,
             "tiny": tiny,
+            **({"typed": held} if held else {}),
             "version": __version__,
         }
         decisive = {key: value for key, value in identity["config"].items() if key not in stage.KNOBS}
@@ -270,8 +304,8 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """Name what differs between two descriptions of a stage, the fields with both values."""
     found = _differences(old.get("config", {}), new["config"])
-    names = ("class", "seed", "tiny", "version")
-    found += _differences({n: old.get(n) for n in names}, {n: new[n] for n in names})
+    names = ("class", "seed", "tiny", "typed", "version")
+    found += _differences(*({n: one.get(n) for n in names} for one in (old, new)))
     if old.get("files") != new["files"]:
         found += _files(old.get("files") or [], new["files"])
     if old.get("input_keys") != new["input_keys"]:

@@ -86,13 +86,15 @@ def manifest(
 def stage_record(stage: Stage, recipe: Recipe, tiny: bool, reached: bool = True) -> dict[str, Any]:
     """Return what ``run.json`` keeps of a stage; a stage that is not ``reached`` lists no files."""
     names = {id(other): name for name, other in recipe.stages.items()}
-    sized = stage.sized(tiny)
+    held = stage.held(tiny, recipe.typed.get(names[id(stage)], ()))
+    sized = stage.sized(tiny, held)
     asked, resolved = stage_config(stage), stage_config(sized)
     return {
         "type": f"{type(stage).__module__}:{type(stage).__qualname__}",
         "class": type(stage).__name__,
         "config": asked,
         **({"resolved": resolved} if resolved != asked else {}),
+        **({"typed": held} if held else {}),
         "inputs": {field: names[id(other)] for field, other in stage_inputs(stage).items()},
         "files": [file_record(path) for path in getattr(sized, "files", list)()] if reached else [],
     }

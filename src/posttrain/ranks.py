@@ -108,7 +108,9 @@ def follow(recipe: Recipe, *, seed: int, tiny: bool) -> NoReturn:
         with tempfile.TemporaryDirectory(prefix="posttrain-rank-") as scratch:
             directory = _mirror(Path(said["dir"]), Path(scratch))
             inputs = {field: Path(path) for field, path in said["inputs"].items()}
-            ctx = Context(dir=directory, inputs=inputs, console=Console(file=io.StringIO()), seed=seed, tiny=tiny)
+            typed = recipe.typed.get(said["stage"], frozenset())
+            quiet = Console(file=io.StringIO())
+            ctx = Context(dir=directory, inputs=inputs, console=quiet, seed=seed, tiny=tiny, typed=typed)
             try:
                 stages[said["stage"]].run(ctx)
             except BaseException as error:

@@ -41,7 +41,12 @@ def replay_dump(dump: Path) -> str:
         directory = Path(scratch) / name
         directory.mkdir()
         ctx = Context(
-            dir=directory, inputs=inputs, console=Console(file=io.StringIO()), seed=record["seed"], tiny=record["tiny"]
+            dir=directory,
+            inputs=inputs,
+            console=Console(file=io.StringIO()),
+            seed=record["seed"],
+            tiny=record["tiny"],
+            typed=recipe.typed.get(name, frozenset()),
         )
         try:
             with replaying(dump):

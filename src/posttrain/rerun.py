@@ -115,7 +115,8 @@ def rebuild(record: Mapping[str, Any]) -> Recipe:
             was = entry["config"].get(lost[0])
             problem = f"was {was!r} and would be {now[lost[0]]!r}"
             raise ConfigError(f"stage '{name}', field '{lost[0]}' {problem}; run the recipe from Python instead")
-    return Recipe(record["recipe"], stages, record.get("summary", ""))
+    typed = {name: frozenset(entry["typed"]) for name, entry in record["stages"].items() if "typed" in entry}
+    return Recipe(record["recipe"], stages, record.get("summary", ""), typed)
 
 
 def restore(value: Any, kind: Any) -> Any:
@@ -169,7 +170,8 @@ def _check_target(old: Path, new: Path, record: Mapping[str, Any]) -> None:
         keys = ("seed", "tiny")
         same = [there.get(key) for key in keys] == [record.get(key) for key in keys]
         configs = [
-            {name: stage.get("config") for name, stage in one.get("stages", {}).items()} for one in (there, record)
+            {name: (stage.get("config"), stage.get("typed")) for name, stage in one.get("stages", {}).items()}
+            for one in (there, record)
         ]
         if not same or configs[0] != configs[1]:
             raise ConfigError(f"{new} holds a run with other options, which would be cleared; choose another --name")

@@ -80,7 +80,7 @@ def run_recipe(
         until: the last stage to run; all if None.
         console: where progress is printed.
         seed: of every random draw.
-        tiny: whether stages run at the size of the small world.
+        tiny: whether stages run at the size of the small world; fields that the recipe calls typed keep their values.
         command: what continues this run, for messages and ``run.json``; this process's own if empty.
         resume: refuse to begin anew, and to do nothing.
         allow_changed: keep what was begun under other settings, data or libraries; ``run.json`` records the difference.
@@ -95,7 +95,7 @@ def run_recipe(
     console = console or Console()
     command = command or shlex.join([Path(sys.executable).name, *sys.argv])
     stages = until_stage(ordered(recipe), until)
-    described = describe(stages, seed=seed, tiny=tiny)
+    described = describe(stages, seed=seed, tiny=tiny, typed=recipe.typed)
     directory = run_directory(root, name or recipe.name + ("-tiny" if tiny else ""))
     for stage_name, stage in stages.items():  # before anything is written or computed
         if decide(directory / stage_name, described[stage_name]).what != "skip":
@@ -140,7 +140,8 @@ def _run_stages(
         if what != "skip":
             yield f"stage '{stage}' of {directory}"
             inputs = {field: directory / other for field, other in described[stage]["inputs"].items()}
-            ctx = Context(dir=directory / stage, inputs=inputs, console=console, seed=seed, tiny=tiny)
+            typed = frozenset(described[stage].get("typed", ()))
+            ctx = Context(dir=directory / stage, inputs=inputs, console=console, seed=seed, tiny=tiny, typed=typed)
             seconds = _run_stage(stages[stage], ctx, described[stage], clear=what == "clear")
             say(console, f"{head}: done in {duration(seconds)}")
     if all(what == "skip" for what, _ in decisions.values()):

@@ -58,18 +58,16 @@ def check_points(points: Sequence[Point], tiny: bool) -> None:
     """Refuse points that would run the same, or in the same directory.
 
     Raises:
-        ConfigError: two points with one resolved configuration (a value twice, or a field that ``tiny`` sets itself).
+        ConfigError: two points with one resolved configuration (a value twice).
     """
     seen: dict[str, Point] = {}
     for point in points:
-        stages = ordered(point.recipe).items()
-        resolved = json.dumps({name: stage_config(stage.sized(tiny)) for name, stage in stages}, sort_keys=True)
+        stages, typed = ordered(point.recipe).items(), point.recipe.typed
+        sized = {name: stage_config(stage.sized(tiny, typed.get(name, ()))) for name, stage in stages}
+        resolved = json.dumps(sized, sort_keys=True)
         if resolved in seen:
             pair = " and ".join(one.label.replace("\n", ", ") for one in (seen[resolved], point))
-            why = (
-                "a value stands there twice, or --tiny sets that field itself" if tiny else "a value stands there twice"
-            )
-            raise ConfigError(f"{pair} would run the same: {why}")
+            raise ConfigError(f"{pair} would run the same: a value stands there twice")
         seen[resolved] = point
     names = [point.name for point in points]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -188,7 +186,7 @@ def _run_point(
 ) -> str:
     """Run one point with one seed, its output into a log; return what happened."""
     stages = ordered(recipe)
-    described = describe(stages, seed=seed, tiny=tiny)
+    described = describe(stages, seed=seed, tiny=tiny, typed=recipe.typed)
     run = directory / name
     if (run / "run.json").exists() and all(decide(run / key, described[key]).what == "skip" for key in stages):
         return "finished earlier, skipped"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -33,13 +33,14 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """Where a stage runs: its directory, and each input's by field name (``field.0`` in a tuple)."""
+    """Where a stage runs: its directory, each input's by field name (``field.0`` in a tuple), and fields that ``tiny`` leaves."""
 
     dir: Path
     inputs: dict[str, Path]
     console: Console
     seed: int = 0
     tiny: bool = False
+    typed: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,15 +63,17 @@ class Stage:
         """
         deterministic_kernels()
         module, _, function = self.WORK.partition(":")
-        getattr(importlib.import_module(module), function)(self.sized(ctx.tiny), ctx)
+        getattr(importlib.import_module(module), function)(self.sized(ctx.tiny, ctx.typed), ctx)
 
-    def sized(self, tiny: bool) -> Any:
-        """Return the stage as it will run: itself, or with the fields of ``TINY``."""
-        return (
-            replace(self, **{k: v for k, v in self.TINY.items() if not isinstance(getattr(self, k), Stage)})
-            if tiny
-            else self
-        )
+    def sized(self, tiny: bool, typed: Collection[str] = ()) -> Any:
+        """Return the stage as it will run: itself, or with the fields of ``TINY`` but those ``typed``, whose values stand."""
+        free = {k: v for k, v in self.TINY.items() if k not in typed and not isinstance(getattr(self, k), Stage)}
+        return replace(self, **free) if tiny else self
+
+    def held(self, tiny: bool, typed: Collection[str]) -> list[str]:
+        """Return the fields that are not as ``TINY`` says because a person typed their values."""
+        small = self.sized(tiny)
+        return sorted(k for k in typed if k in self.TINY and getattr(self, k) != getattr(small, k))
 
     def plan(self) -> Plan:
         """Forecast the work without loading anything."""
@@ -89,11 +92,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A published system: its stages by name, in run order."""
+    """A published system: its stages by name, in run order; ``typed`` fields, by stage, keep their values at every size."""
 
     name: str
     stages: dict[str, Stage]
     summary: str = ""
+    typed: Mapping[str, frozenset[str]] = field(default_factory=dict[str, frozenset[str]])
 
 
 def stage_model(stage: Stage) -> str | None:
