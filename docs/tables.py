@@ -6,10 +6,10 @@ import inspect
 import json
 from pathlib import Path
 
+from posttrain import losses
 from posttrain.data.formats import FORMATS
-from posttrain.losses import preference
 from posttrain.losses.policy import policy_losses
-from posttrain.registry import RECIPES
+from posttrain.registry import RECIPES, Registry
 
 START, END = "<!-- tables: made by docs/tables.py -->\n", "<!-- end of tables -->"
 README = Path(__file__).parents[1] / "README.md"
@@ -18,15 +18,15 @@ DATA = Path(__file__).parent / "data.md"
 
 def first_line(item: object) -> str:
     """The one line of what it is."""
-    return (inspect.getdoc(item) or "").partition("\n")[0]
+    return (inspect.getdoc(item) or "").partition("\n")[0].replace("|", "\\|")
 
 
 def tables() -> str:
     """Markdown of both tables."""
     methods = [
-        f"| `{name}` | {losses.kind} | {first_line(losses[name])} |"
-        for losses in (policy_losses, preference)
-        for name in sorted(losses)
+        f"| `{name}` | {kind.kind} | {first_line(kind[name])} |"
+        for kind in (policy_losses, *(item for item in vars(losses).values() if isinstance(item, Registry)))
+        for name in sorted(kind)
     ]
     systems = [f"| `{name}` | {first_line(RECIPES[name])} |" for name in sorted(RECIPES)]
     head = ["| method | kind | what it is |", "|---|---|---|"]

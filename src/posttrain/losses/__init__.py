@@ -1,26 +1,47 @@
 """Losses and advantage estimators: pure functions of tensors, unreduced; keyword-only floats are their configuration.
 
 ``preference`` is the mapping from name to loss of a pair, whose file has the same name. A package is imported before its
-files, and its file sets the attribute first, so the name below is the mapping whatever is imported first.
+files, and its file sets the attribute first, so the name below is the mapping whatever is imported first. What needs more
+than a `PairLogps` has a mapping of its own with its own record: ``token_losses``, ``scored_losses``, ``explored_losses``,
+``unpaired_losses``, ``valued_losses``, ``listwise_losses``.
 """
 
-from posttrain.losses import (
+from posttrain.losses import (  # each registers its losses
     anchored,
     batchwise,
+    games,
     links,
     margins,
     reference_free,
     separable,
-)  # they register their losses
+)
+from posttrain.losses.judged import ExploredPairs, ScoredPairs, explored_losses, scored_losses
+from posttrain.losses.listwise import Scored, listwise_losses
 from posttrain.losses.preference import PairLogps, preference
+from posttrain.losses.tokenwise import TokenLogps, TokenPairs, token_losses
+from posttrain.losses.unpaired import Labelled, Valued, unpaired_losses, valued_losses
 
 __all__ = [
+    "ExploredPairs",
+    "Labelled",
     "PairLogps",
+    "Scored",
+    "ScoredPairs",
+    "TokenLogps",
+    "TokenPairs",
+    "Valued",
     "anchored",
     "batchwise",
+    "explored_losses",
+    "games",
     "links",
+    "listwise_losses",
     "margins",
     "preference",
     "reference_free",
+    "scored_losses",
     "separable",
+    "token_losses",
+    "unpaired_losses",
+    "valued_losses",
 ]
