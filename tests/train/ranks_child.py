@@ -67,6 +67,16 @@ def supervised(directory: Path, rank: int, dtype=torch.float64):
     return models
 
 
+def narrow(directory: Path, rank: int, max_tokens: int = 8):
+    """Forty steps in fp32, each of two trees that are no micro-batch together."""
+    models = {"policy": role(0, dtype=torch.float32)}
+    rows = random_rows(1, [(3, [4]), (2, [6]), (5, [3]), (4, [2]), (2, [2]), (1, [6])])
+    source = demonstration_source(rows, per_step=2, seed=7)
+    run = run_in(directory / f"narrow-{rank}", steps=40, max_tokens=max_tokens)
+    fit(models, Supervised(), source, optim=OPTIM, run=run)
+    return models
+
+
 def reinforce(directory: Path, rank: int):
     """Two rollouts of two updates."""
     models = {"policy": role(0), "value": role(1, scalar=True)}
@@ -150,6 +160,7 @@ MODES = {
     "stopped": (stopped, 20.0),
     "gradients": (all_gradients, 60.0),
     "supervised": (supervised, 60.0),
+    "narrow": (narrow, 60.0),
     "reinforce": (reinforce, 60.0),
     "poisoned": (poisoned, 60.0),
     "apart": (apart, 20.0),
