@@ -121,6 +121,19 @@ def test_a_sweep_cut_off_goes_on(capsys: pytest.CaptureFixture[str]):
     assert "measured nothing to compare" in capsys.readouterr().err
 
 
+def test_a_sweep_is_shown_again_once_it_ended(capsys: pytest.CaptureFixture[str]):
+    assert sweep("--tune.beta 0.1 0.5 --seeds 3") == 0
+    printed = capsys.readouterr().out
+    assert command("show s") == 0 and command("show runs/s") == 0
+    shown = capsys.readouterr().out
+    assert printed.endswith(shown[: len(shown) // 2]) and "higher" in shown
+    assert "numbers  runs/s/sweep.json\nruns     runs/s/POINT-seedN\n" in shown
+    plan = {key: found()[key] for key in ("schema", "recipe", "fixed", "tiny")}
+    (SWEEP / "sweep.json").write_text(json.dumps(plan))
+    assert command("show s") == 2
+    assert "runs/s is a sweep that was cut off; repeat its command" in capsys.readouterr().err
+
+
 def test_a_failing_point_is_named_and_the_others_go_on(capsys: pytest.CaptureFixture[str]):
     assert sweep("--tune.beta 0.1 2 --seeds 3") == 1
     output = capsys.readouterr().out

@@ -13,7 +13,7 @@ import shlex
 import shutil
 import sys
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import posttrain
 from posttrain.arguments import convert, flag, flags, keyword_options, split, type_name
 from posttrain.cli_data import dispatch as dispatch_data
-from posttrain.cli_runs import diff, gather, replay, rerun, sweep
+from posttrain.cli_runs import diff, gather, replay, rerun, show_finished, sweep
 from posttrain.errors import ConfigError, PosttrainError, printable, suggest
 from posttrain.machine import keep_freed_memory, yield_between_kernels
 from posttrain.registry import METHODS, RECIPES
@@ -120,8 +120,10 @@ def train(
 
 
 def show(run: str, /) -> None:
-    """Print what a run measured; RUN is its name or its directory."""
-    directory = find_run(run)  # before the imports, which take seconds
+    """Print what a run or a sweep measured; RUN is its name or its directory."""
+    directory = find_run(run, ("run.json", "sweep.json"))  # before the imports, which take seconds
+    if (directory / "sweep.json").exists():
+        return show_finished(directory)
     from rich.console import Console
 
     from posttrain.evals.report import show_run
@@ -273,13 +275,14 @@ def field_type(recipe: Recipe, stage: str, field: str) -> Any:
     return typing.get_type_hints(type(recipe.stages[stage]))[field]
 
 
-def find_run(run: str) -> Path:
-    """Return a run's directory, given by its path or its name under ``runs/``."""
+def find_run(run: str, records: Sequence[str] = ("run.json",)) -> Path:
+    """Return the directory of a run, told by one of ``records``, given by its path or its name under ``runs/``."""
     for path in (Path(run), RUNS / run):
-        if (path / "run.json").exists():
+        if any((path / record).exists() for record in records):
             return path
-    known = [path.parent.name for path in RUNS.glob("*/run.json")]
-    raise ConfigError(f"no run '{run}' (a name under {RUNS}/ or a directory with run.json); {suggest(run, known)}")
+    known = [path.parent.name for record in records for path in RUNS.glob(f"*/{record}")]
+    place = f"a name under {RUNS}/ or a directory with {' or '.join(records)}"
+    raise ConfigError(f"no run '{run}' ({place}); {suggest(run, known)}")
 
 
 def command_line() -> str:

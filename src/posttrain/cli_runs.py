@@ -148,7 +148,7 @@ def forecast_sweep(
 
 
 def show_sweep(found: Mapping[str, object], directory: Path) -> None:
-    """Print a sweep's table and write its picture."""
+    """Print a sweep's table and paths, and write its picture."""
     from rich.console import Console
 
     from posttrain.evals.sweep_view import sweep_grid, sweep_png
@@ -161,7 +161,22 @@ def show_sweep(found: Mapping[str, object], directory: Path) -> None:
     os.replace(partial, image)
     console.print()
     console.print(rich_grid(sweep_grid(found)))
-    say(console, f"picture  {image}\nnumbers  {directory / 'sweep.json'}")
+    say(console, f"picture  {image}\nnumbers  {directory / 'sweep.json'}\nruns     {directory}/POINT-seedN")
+
+
+def show_finished(directory: Path) -> None:
+    """Show the sweep that a directory holds.
+
+    Raises:
+        ConfigError: its runs were never compared.
+    """
+    from posttrain.graph import read_json
+
+    found = read_json(directory / "sweep.json") or {}
+    if "points" not in found:
+        problem = f"{directory} is a sweep that was cut off; repeat its command to finish it"
+        raise ConfigError(f"{problem}, or show one of its runs, {directory}/POINT-seedN")
+    show_sweep(found, directory)
 
 
 def gather(args: list[str]) -> list[str]:
