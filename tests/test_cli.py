@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,10 @@ import pytest
 
 from posttrain import cli
 from posttrain.arguments import convert
+from posttrain.cli_list import loss_grids, loss_registries
 from posttrain.errors import ConfigError
-from posttrain.registry import RECIPES
+from posttrain.registry import METHODS, RECIPES, Registry
+from posttrain.train.objectives import objectives
 from toys import total
 
 HERE = Path(__file__).parent
@@ -71,6 +74,8 @@ def described(stage: str, run: str = "chain") -> dict:
         ("show nothing", "no run 'nothing'"),
         ("chat nothing", "no run 'nothing'"),
         ("show", "`posttrain show` needs a run: posttrain show RUN"),
+        ("list recipse", "unknown kind 'recipse'; did you mean 'recipes'?"),
+        ("list losses methods", "unexpected 'methods'"),
         ("doctor --jsn", "unknown option '--jsn' of `posttrain doctor`; did you mean '--json'?"),
     ],
 )
@@ -131,12 +136,42 @@ def test_help_of_a_recipe_lists_its_options_and_fields(capsys: pytest.CaptureFix
     assert "--last.start" not in output
 
 
-def test_recipes_are_listed_without_torch():
-    code = "import sys; from posttrain.cli import main; code = main(['list']); "
+@pytest.mark.parametrize(("kind", "names"), [("recipes", RECIPES), ("methods", METHODS)])
+def test_recipes_and_methods_are_listed_without_torch(kind: str, names: Registry):
+    code = f"import sys; from posttrain.cli import main; code = main(['list', '{kind}']); "
     code += "sys.exit(code or 9 * any(name in sys.modules for name in ('torch', 'transformers', 'tyro')))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert [line.split()[0] for line in done.stdout.splitlines()] == sorted(RECIPES)
+    assert re.findall(r"(?m)^ (\w+) {3,}\w", done.stdout)[1:] == sorted(names)  # the first is the header
+
+
+def test_everything_is_listed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert cli.main(["list"]) == 0
+    output = capsys.readouterr().out
+    assert max(map(len, output.splitlines())) <= 100
+    heads = re.findall(r"(?m)^[A-Z].*$", output)
+    assert heads[:2] == ["Recipes: posttrain run RECIPE", "Methods: posttrain train METHOD"]
+    assert {"Preference losses", "Policy losses", "Objectives"} <= set(heads)
+    for registry in (RECIPES, METHODS, *loss_registries(), objectives):
+        assert all(re.search(rf"(?m)^ {name} ", output) for name in registry)
+    assert cli.main(["list", "losses"]) == 0
+    assert capsys.readouterr().out in output
+
+
+def test_a_loss_is_listed_with_formula_needs_and_paper():
+    rows = {row[0]: row for grid in loss_grids() for row in grid.rows}
+    assert rows["dpo"] == (
+        "dpo", "reference",
+        "DPO: -log sigmoid(beta D), D the margin of log-ratios between chosen and rejected.\n"
+        "Rafailov et al. 2023, Direct preference optimization, arXiv 2305.18290",
+    )  # fmt: skip
+    assert rows["aot"][1] == "reference, whole step"
+    assert rows["ppo_clip"][1:] == (
+        "–",
+        "Clipped surrogate max(-A rho, -A clip(rho, 1 - clip, 1 + clip)).\n"
+        "Schulman et al. 2017 (PPO), eq. 7, as a loss.",
+    )
 
 
 def test_the_line_that_stops_a_run_repeats_the_command(here: Path):

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import posttrain
 from posttrain.arguments import convert, flag, flags, keyword_options, split, type_name
 from posttrain.cli_data import dispatch as dispatch_data
+from posttrain.cli_list import list_names
 from posttrain.cli_runs import diff, gather, replay, rerun, show_finished, sweep
 from posttrain.errors import ConfigError, PosttrainError, printable, suggest
 from posttrain.machine import keep_freed_memory, yield_between_kernels
@@ -157,17 +158,6 @@ def doctor(*, json: bool = False) -> None:
         print_report(found, Console())
 
 
-def list_recipes() -> None:
-    """List the recipes."""
-    width = max(map(len, RECIPES), default=0)
-    for name in sorted(RECIPES):
-        try:
-            about = (inspect.getdoc(RECIPES[name]) or "").partition("\n")[0]
-        except ConfigError as error:  # one recipe that can't be imported must not hide the others
-            about = f"(can't be used: {error})"
-        print(f"{name:<{width}}  {about}")
-
-
 COMMANDS: dict[str, Callable[..., int | None]] = {
     "run": run,
     "train": train,
@@ -179,7 +169,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "chat": chat,
     "data": dispatch_data,
     "doctor": doctor,
-    "list": list_recipes,
+    "list": list_names,
 }
 
 
@@ -307,16 +297,17 @@ def call(command: str, args: list[str]) -> int:
     wanted = [key for key, item in parameters.items() if item.kind is item.POSITIONAL_ONLY]
     options = keyword_options(function)
     positional, given = split(args, flags(function))
+    needed = [key for key in wanted if parameters[key].default is inspect.Parameter.empty]
     open_ended = any(item.kind is item.VAR_KEYWORD for item in parameters.values())
     unknown = [key for key in given if key not in options]
-    if unknown and (len(positional) < len(wanted) or not open_ended):
+    if unknown and (len(positional) < len(needed) or not open_ended):
         hint = suggest(flag(unknown[0]), map(flag, options))
         raise ConfigError(f"unknown option '{flag(unknown[0])}' of `posttrain {command}`; {hint}")
-    if len(positional) < len(wanted):
-        missing = wanted[len(positional)]
+    if len(positional) < len(needed):
+        missing = needed[len(positional)]
         named = {"recipe": RECIPES, "method": METHODS}.get(missing)
         known = f"; {suggest('', named)}" if named else ""
-        line = " ".join(["posttrain", command, *(key.upper().replace("_", "-") for key in wanted)])
+        line = " ".join(["posttrain", command, *(key.upper().replace("_", "-") for key in needed)])
         raise ConfigError(f"`posttrain {command}` needs a {missing.replace('_', ' ')}: {line}{known}")
     if len(positional) > len(wanted):
         raise ConfigError(
@@ -341,7 +332,8 @@ def usage(command: str, args: list[str]) -> str:
     function = COMMANDS[command]
     positional, _ = split(args, flags(function))
     parameters = inspect.signature(function).parameters
-    names = [key.upper().replace("_", "-") for key, item in parameters.items() if item.kind is item.POSITIONAL_ONLY]
+    wanted = {key.upper().replace("_", "-"): p for key, p in parameters.items() if p.kind is p.POSITIONAL_ONLY}
+    names = [name if p.default is p.empty else f"[{name}]" for name, p in wanted.items()]
     lines = [" ".join(["usage: posttrain", command, *names, "[OPTIONS]"]), "", inspect.getdoc(function) or ""]
     if command in ("run", "train", "sweep") and positional:
         recipe = method_recipe(positional[0]) if command == "train" else positional[0]

@@ -1,0 +1,115 @@
+"""``posttrain list``: recipes, methods, losses and objectives, as their registries hold them."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from posttrain.errors import ConfigError, suggest
+from posttrain.registry import METHODS, RECIPES, Registry
+
+if TYPE_CHECKING:
+    from posttrain.evals.grids import Grid
+
+
+def list_names(kind: str = "all", /) -> None:
+    """List recipes, methods, losses and objectives; KIND is one of these words.
+
+    Of a loss it says the formula, what it needs beside the policy's own numbers ("whole step": its value depends on the
+    other rows), and the paper.
+    """
+    if kind not in (*KINDS, "all"):
+        raise ConfigError(f"unknown kind '{kind}'; {suggest(kind, KINDS)}")
+    from rich.console import Console
+
+    from posttrain.evals.tables import rich_grid
+
+    console = Console()
+    for name, grids in KINDS.items():
+        if kind in (name, "all"):
+            for grid in grids():
+                console.print(rich_grid(grid))
+
+
+def recipe_grids() -> Iterator[Grid]:
+    """Yield the table of what ``posttrain run`` takes."""
+    yield _function_grid("Recipes: posttrain run RECIPE", "recipe", RECIPES)
+
+
+def method_grids() -> Iterator[Grid]:
+    """Yield the table of what ``posttrain train`` takes."""
+    yield _function_grid("Methods: posttrain train METHOD", "method", METHODS)
+
+
+def _function_grid(title: str, kind: str, registry: Registry) -> Grid:
+    from posttrain.evals.grids import Grid
+
+    rows = []
+    for name in sorted(registry):
+        try:
+            about = summary(registry[name])
+        except ConfigError as error:  # one that can't be imported must not hide the others
+            about = f"(can't be used: {error})"
+        rows.append((name, about))
+    return Grid(title=title, header=(kind, "what it is"), rows=tuple(rows), left=(0, 1))
+
+
+def loss_grids() -> Iterator[Grid]:
+    """Yield a table for each registry of losses: name, what it needs, formula and paper."""
+    from posttrain.evals.grids import Grid
+
+    for registry in loss_registries():
+        rows = []
+        for name in sorted(registry):
+            facts = registry.facts(name)
+            needs = [*facts.get("needs", ()), *(["whole step"] if facts.get("coupled") else [])]
+            paper = facts.get("paper") or source(registry[name])
+            rows.append((name, ", ".join(needs) or "–", "\n".join(filter(None, (summary(registry[name]), paper)))))
+        title = f"{registry.kind}{'es' if registry.kind.endswith('s') else 's'}".capitalize()
+        yield Grid(title=title, header=("loss", "needs", "formula and paper"), rows=tuple(rows), left=(0, 1, 2))
+
+
+def loss_registries() -> list[Registry]:
+    """Return the registries that the files of ``posttrain.losses`` define, by their kind."""
+    import posttrain.losses
+
+    names = [item.name for item in pkgutil.iter_modules(posttrain.losses.__path__, "posttrain.losses.")]
+    items = [item for name in names for item in vars(importlib.import_module(name)).values()]
+    found = {id(item): item for item in items if isinstance(item, Registry)}
+    return sorted(found.values(), key=lambda registry: registry.kind)
+
+
+def objective_grids() -> Iterator[Grid]:
+    """Yield the table of objectives: what a batch carries for each beside its tokens, and the losses it can be given."""
+    from posttrain.evals.grids import Grid
+    from posttrain.train.objectives import objectives
+
+    rows = []
+    for name in sorted(objectives):
+        facts = objectives.facts(name)
+        losses = f"takes any {facts['losses'].kind}" if "losses" in facts else ""
+        about = "\n".join(filter(None, (summary(objectives[name]), losses)))
+        rows.append((name, "\n".join(facts.get("columns", ())) or "–", about))
+    header = ("objective", "batches carry", "what it minimises")
+    yield Grid(title="Objectives", header=header, rows=tuple(rows), left=(0, 1, 2))
+
+
+def summary(item: object) -> str:
+    """Return the first line of a docstring, without the marks of code."""
+    return (inspect.getdoc(item) or "").partition("\n")[0].replace("`", "")
+
+
+def source(item: object) -> str:
+    """Return what a docstring names after ``Source:``, to the end of the line; nothing if it names none."""
+    return (inspect.getdoc(item) or "").partition("Source: ")[2].partition("\n")[0]
+
+
+KINDS: dict[str, Callable[[], Iterator[Grid]]] = {
+    "recipes": recipe_grids,
+    "methods": method_grids,
+    "losses": loss_grids,
+    "objectives": objective_grids,
+}
