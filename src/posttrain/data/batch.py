@@ -21,6 +21,7 @@ from posttrain.data.formats import ROLES
 from posttrain.data.layout import coder_for, trains
 from posttrain.data.plan import Plan, Text, plan_of, trim
 from posttrain.data.template import Tools, template_key
+from posttrain.data.words import encode_words
 from posttrain.types import Message
 
 if TYPE_CHECKING:
@@ -160,13 +161,13 @@ def _is_unicode(text: str) -> bool:
 
 def _encode_batch(backend: Tokenizer, texts: list[str], offsets: bool, coder: Coder) -> list[Encoded | None]:
     """Each text's ids, and where they came from if asked; None where it gives a control token."""
-    encode = backend.encode_batch if offsets else backend.encode_batch_fast
-    made: list[Encoded | None] = []
-    for encoding in encode(texts, add_special_tokens=False):
-        ids = encoding.ids
-        clean = coder.forbidden.isdisjoint(ids)
-        made.append(Encoded(ids, encoding if offsets else None) if clean else None)
-    return made
+    if offsets:
+        found = ((e.ids, e) for e in backend.encode_batch(texts, add_special_tokens=False))
+    elif coder.words is not None:
+        found = ((ids, None) for ids in encode_words(backend, coder.words, texts))
+    else:
+        found = ((e.ids, None) for e in backend.encode_batch_fast(texts, add_special_tokens=False))
+    return [Encoded(ids, source) if coder.forbidden.isdisjoint(ids) else None for ids, source in found]
 
 
 class Encoded(NamedTuple):

@@ -30,8 +30,8 @@ as the template rewrites it. ``each``: one row for each trained assistant turn, 
 that turn was sampled.
 """
 
-AT_ONCE = 1000
-"""How many examples are encoded in one call."""
+AT_ONCE = 250
+"""How many examples are encoded in one call; few, so that what is made on the way is gone before it is looked over."""
 
 TOO_LONG = "longer than max_length"
 TWINS = "responses equal after truncation"

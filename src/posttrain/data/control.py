@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tokenizers import Tokenizer
 
+from posttrain.data.words import Words, cuts_at_spaces
 from posttrain.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Coder(NamedTuple):
         prefixed: encodes plain text as at a text's start (sentencepiece-like tokenizers add a space there).
         bare: encodes plain text as the continuation of other text, without such a space.
         prefix_after_control: whether that prefix also comes after a control token.
+        words: ids of words met before, where plain text may be encoded word by word; else None.
     """
 
     controls: dict[str, Control]
@@ -45,6 +47,7 @@ class Coder(NamedTuple):
     prefixed: Tokenizer
     bare: Tokenizer
     prefix_after_control: bool
+    words: Words | None
 
 
 class Coded(NamedTuple):
@@ -104,6 +107,7 @@ def make_coder(tokenizer: PreTrainedTokenizerBase, scaffold: str = "") -> Coder:
         prefixed=prefixed,
         bare=bare,
         prefix_after_control=scheme != "first",
+        words=Words({}, {}) if not scheme and cuts_at_spaces(spec) else None,
     )
 
 
