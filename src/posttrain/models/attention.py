@@ -1,13 +1,14 @@
 """Attention over forests and over decoding slots, registered with transformers' attention interface.
 
 A forward pass of any dense decoder gets ``layout=`` among its keyword arguments; every attention layer hands its query,
-key and value to that layout. `TreeLayout` computes a prompt once for all its branches in two attention calls a layer;
+key and value to that layout. `TreeLayout` computes a prompt once for all its branches;
 `SlotLayout` decodes one token a slot against a static cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +20,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from posttrain.forest import Forest, Tree
 
 NAME = "posttrain"
-_SHORT = 256  # keys a row up to which scores are written out in half precision
+# Half precision on a processor, keys a row: up to the first two, scores are written out (in causal attention the fused
+# kernel skips half of them); up to the third the fused kernel is faster on numbers made fp32.
+_SHORT_CAUSAL, _SHORT, _WIDE = 96, 256, 1024
+_CALL = 1 << 15  # scores a head that take as long as one more call
 
 
 def attend(
@@ -27,16 +31,25 @@ def attend(
 ) -> Tensor:
     """Attention of ``[B, H, Q, D]`` queries over ``[B, Hk, L, D]`` keys; ``mask`` bool ``[B or 1, 1, Q, L]``, None = causal.
 
-    Grouped queries are expanded; ``softcap`` bounds scores by ``c tanh(s / c)`` before the mask (Gemma 2).
+    Each key head serves ``H / Hk`` query heads; ``softcap`` bounds scores by ``c tanh(s / c)`` before the mask (Gemma 2).
     """
+    if softcap is not None:
+        return _capped(query, key, value, mask, scaling, softcap)
     half = query.dtype in (torch.bfloat16, torch.float16) and query.device.type == "cpu"
-    if half and softcap is None and query.shape[2] > 1 and key.shape[2] <= _SHORT:
+    keys = key.shape[2]
+    if half and query.shape[2] > 1 and keys <= (_SHORT_CAUSAL if mask is None else _SHORT):
         return _short(query, key, value, mask, scaling)
+    wide = half and query.shape[2] > 1 and keys <= _WIDE
+    q, k, v = (x.float() if wide else x for x in (query, key, value))
+    grouped = q.shape[1] != k.shape[1]
+    out = scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped)
+    return out.to(query.dtype)
+
+
+def _capped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float) -> Tensor:
+    """The same with bounded scores, which no fused kernel has."""
     groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    if softcap is None:
-        return scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, scale=scaling)
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = softcap * torch.tanh(query @ key.transpose(2, 3) * scaling / softcap)
     if mask is None:
         mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril()
@@ -64,27 +77,62 @@ def _short(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scali
     return out.view(rows, heads, length, value.shape[3]).to(query.dtype)
 
 
-class TreeLayout:
-    """Where each token of a forest stands in two padded blocks, prompts ``[T, P]`` and branches ``[B, C]``.
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of like size that attend in one call: queries ``[R, C]`` after ``prefix`` ``[R]`` keys of padded width P."""
 
-    With ``sink`` the keys and values of every layer are kept, ``sink[layer] = (key, value)`` each ``[N, Hk, D]``.
+    rows: int
+    length: int
+    prefix: Tensor | None
+    width: int
+
+    def mask(self, window: int | None, device: torch.device) -> Tensor | None:
+        """Which of ``P + C`` keys each token sees: its prefix and its own past, by position. None = plainly causal."""
+        own = torch.arange(self.length, device=device)
+        past = own[:, None] >= own[None]
+        if window is not None:
+            past = past & (own[:, None] - own[None] < window)
+        if self.prefix is None:
+            return None if window is None else past[None, None]
+        before, prefix = torch.arange(self.width, device=device), self.prefix[:, None, None]
+        seen = (before[None, None] < prefix).expand(-1, self.length, -1)
+        if window is not None:
+            seen = seen & (prefix + own[None, :, None] - before[None, None] < window)
+        return torch.cat([seen, past[None].expand(self.rows, -1, -1)], 2)[:, None]
+
+
+class TreeLayout:
+    """Where each token of a forest stands in blocks of rows.
+
+    A prompt with its first branch is a causal row, every other branch a row that also sees its prompt's keys. Rows of like
+    size share a block, so that little is padded. With ``sink`` the keys and values of every layer are kept,
+    ``sink[layer] = (key, value)`` each ``[N, Hk, D]``.
     """
 
     def __init__(self, trees: Sequence[Tree], size: int, device: torch.device, sink: dict[int, Any] | None = None):
         self.sink = sink
-        self.prompt, prompt_mask, at_prompt = _block([t.prompt for t in trees], device)
-        spans = [span for t in trees for span in t.branches]
-        self.group = torch.tensor([i for i, t in enumerate(trees) for _ in t.branches], device=device, dtype=torch.long)
-        self.lone = len(self.group) == len(trees)
+        self.masks: dict[int | None, list[Tensor | None]] = {}
+        self.blocks: list[_Rows] = []
+        queries: list[Tensor] = []
+        keys: list[Tensor] = []
         inverse = torch.empty(size, dtype=torch.long, device=device)
-        inverse[self.prompt[prompt_mask]] = at_prompt
-        self.branch = None
-        self.masks: dict[int | None, Tensor] = {}
-        if spans:
-            self.branch, branch_mask, at_branch = _block(spans, device)
-            inverse[self.branch[branch_mask]] = at_branch + self.prompt.numel()
-            self.prompt_length = prompt_mask.sum(1)
-        self.inverse = inverse
+        start = 0
+        whole = [((0, 0), (t.prompt[0], t.branches[0][1] if t.branches else t.prompt[1])) for t in trees]
+        others = [(t.prompt, span) for t in trees for span in t.branches[1:]]
+        for spans in (*_alike(whole), *_alike(others)):
+            prefix = [before for before, _ in spans]
+            own, mask, at = _block([span for _, span in spans], device)
+            inverse[own[mask]] = at + start
+            start += own.numel()
+            queries.append(own.flatten())
+            shared, lengths = None, None
+            if spans[0][0] != (0, 0):
+                shared, _, _ = _block(prefix, device)
+                lengths = torch.tensor([e - s for s, e in prefix], device=device)
+            keys.append((own if shared is None else torch.cat([shared, own], 1)).flatten())
+            width = 0 if shared is None else shared.shape[1]
+            self.blocks.append(_Rows(len(spans), own.shape[1], lengths, width))
+        self.query, self.key, self.inverse = torch.cat(queries), torch.cat(keys), inverse
 
     def attend(
         self,
@@ -100,40 +148,15 @@ class TreeLayout:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         if self.sink is not None:
             self.sink[layer] = (k, v)
-        prompt = [_gather(x, self.prompt) for x in (q, k, v)]
-        mask = self._prompt_mask(window) if window is not None else None
-        out = attend(prompt[0], prompt[1], prompt[2], mask, scaling, softcap)
-        flat = [out.transpose(1, 2).flatten(0, 1)]
-        if self.branch is not None:
-            own = [_gather(x, self.branch) for x in (q, k, v)]
-            shared = prompt[1:] if self.lone else [x.index_select(0, self.group) for x in prompt[1:]]
-            keys, values = (torch.cat([s, o], 2) for s, o in zip(shared, own[1:], strict=True))
-            out = attend(own[0], keys, values, self._branch_mask(window), scaling, softcap)
-            flat.append(out.transpose(1, 2).flatten(0, 1))
-        return torch.cat(flat).index_select(0, self.inverse)[None]
-
-    def _prompt_mask(self, window: int) -> Tensor:
-        """Causal within a sliding window, ``[1, 1, P, P]``."""
-        step = torch.arange(self.prompt.shape[1], device=self.prompt.device)
-        gap = step[:, None] - step[None]
-        return ((gap >= 0) & (gap < window))[None, None]
-
-    def _branch_mask(self, window: int | None) -> Tensor:
-        """Which of ``P + C`` keys each branch token sees, ``[B, 1, C, P + C]``: its prompt and its own past, by position."""
-        assert self.branch is not None
         if window not in self.masks:
-            device = self.branch.device
-            width, length = self.prompt.shape[1], self.branch.shape[1]
-            own = torch.arange(length, device=device)
-            before = torch.arange(width, device=device)
-            prompt_length = self.prompt_length[self.group][:, None, None]
-            trunk = (before[None, None] < prompt_length).expand(-1, length, -1)
-            past = (own[:, None] >= own[None])[None].expand(len(trunk), -1, -1)
-            if window is not None:
-                trunk = trunk & (prompt_length + own[None, :, None] - before[None, None] < window)
-                past = past & (own[:, None] - own[None] < window)[None]
-            self.masks[window] = torch.cat([trunk, past], 2)[:, None]
-        return self.masks[window]
+            self.masks[window] = [b.mask(window, query.device) for b in self.blocks]
+        own = q.index_select(0, self.query).split([b.rows * b.length for b in self.blocks])
+        seen = [x.index_select(0, self.key).split([b.rows * (b.width + b.length) for b in self.blocks]) for x in (k, v)]
+        flat: list[Tensor] = []
+        for block, mask, *parts in zip(self.blocks, self.masks[window], own, *seen, strict=True):
+            rows = [x.unflatten(0, (block.rows, -1)).transpose(1, 2) for x in parts]
+            flat.append(attend(rows[0], rows[1], rows[2], mask, scaling, softcap).transpose(1, 2).flatten(0, 1))
+        return torch.cat(flat).index_select(0, self.inverse)[None]
 
 
 class SlotLayout:
@@ -186,6 +209,25 @@ class SlotLayout:
         return out.reshape(count, 1, query.shape[1], values.shape[3])
 
 
+def _alike(
+    rows: Sequence[tuple[tuple[int, int], tuple[int, int]]],
+) -> list[list[tuple[tuple[int, int], tuple[int, int]]]]:
+    """Group rows (prefix, own) so that the scores which padding adds to a group cost less than another call would."""
+    groups: list[list[tuple[tuple[int, int], tuple[int, int]]]] = []
+    used = most_before = most_own = 0
+    for row in sorted(rows, key=lambda r: (r[0][1] - r[0][0] + r[1][1] - r[1][0], r), reverse=True):
+        before, own = (end - start for start, end in row)
+        area = own * (before + own)
+        widest = max(most_own, own) * (max(most_before, before) + max(most_own, own))
+        if groups and (len(groups[-1]) + 1) * widest - used - area <= _CALL:
+            groups[-1].append(row)
+            used, most_before, most_own = used + area, max(most_before, before), max(most_own, own)
+        else:
+            groups.append([row])
+            used, most_before, most_own = area, before, own
+    return groups
+
+
 def _block(spans: Sequence[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Pad spans to a block: token index ``[R, W]`` (0 where padded), mask ``[R, W]``, and flat places of real tokens."""
     starts = torch.tensor([s for s, _ in spans], device=device)
@@ -194,11 +236,6 @@ def _block(spans: Sequence[tuple[int, int]], device: torch.device) -> tuple[Tens
     mask = step[None] < lengths[:, None]
     index = torch.where(mask, starts[:, None] + step[None], 0)
     return index, mask, mask.flatten().nonzero()[:, 0]
-
-
-def _gather(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of ``[N, H, D]`` at ``[R, W]`` as ``[R, H, W, D]``."""
-    return x.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
 
 
 def _forward(
