@@ -1,10 +1,11 @@
-"""The first losses of four methods on the small model, and what they were computed with.
+"""The first losses of SFT, a reward model, DPO and PPO on the small model, and what they were computed with.
 
 ``python -m train.golden golden/losses.json`` in ``tests`` records them anew.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import tempfile
@@ -24,7 +25,7 @@ from posttrain.train.optim import Optim
 from posttrain.train.reference import row_logp
 from posttrain.train.sources import demonstration_source, ranking_source
 
-from .tiny import metrics, rollouts, run_in
+from .tiny import metrics, rollouts, run_in, weights
 
 START = str(small_path("instruct"))
 STEPS = {"supervised": 100, "reward_model": 100, "preference": 100, "policy_gradient": 100}
@@ -71,12 +72,15 @@ def policy_gradient() -> tuple[Any, Any, Any]:
 METHODS = {f.__name__: f for f in (supervised, reward_model, preference, policy_gradient)}
 
 
-def losses(method: str, directory: Path) -> list[float]:
-    """``loss/total`` of every step."""
+def losses(method: str, directory: Path) -> tuple[list[float], str]:
+    """``loss/total`` of every step, and a hash of the weights after the last."""
     models, objective, source = METHODS[method]()
     run = run_in(directory, steps=STEPS[method], max_tokens=512, save_every=1000)
     fit(models, objective, source, optim=Optim(lr=1e-4, warmup_steps=4), run=run)
-    return [line["loss/total"] for line in metrics(directory)]
+    digest = hashlib.sha256()
+    for name, weight in sorted(weights(models).items()):
+        digest.update(name.encode() + weight.numpy().tobytes())
+    return [line["loss/total"] for line in metrics(directory)], digest.hexdigest()
 
 
 def made_with() -> dict[str, Any]:
@@ -94,10 +98,10 @@ def main(target: Path) -> None:
     """Compute everything and write it."""
     torch.set_num_threads(1)
     deterministic_kernels()
-    found: dict[str, Any] = {"made_with": made_with(), "losses": {}}
+    found: dict[str, Any] = {"made_with": made_with(), "losses": {}, "weights": {}}
     with tempfile.TemporaryDirectory() as directory:
         for method in METHODS:
-            found["losses"][method] = losses(method, Path(directory) / method)
+            found["losses"][method], found["weights"][method] = losses(method, Path(directory) / method)
     target.write_text(json.dumps(found, indent=1) + "\n")
 
 

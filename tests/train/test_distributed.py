@@ -28,7 +28,7 @@ def ranks(tmp_path_factory):
     directory = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, "-m", "train.ranks_child", str(directory), *MODES]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT / "tests", env=env, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=ROOT / "tests", env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return directory
 

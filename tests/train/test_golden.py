@@ -47,7 +47,8 @@ def runs(tmp_path_factory):
 
 
 def test_two_fresh_runs_are_equal_to_the_bit(runs):
-    assert runs[0] == runs[1]
+    """SFT, a reward model, DPO and PPO: every loss and the last weights."""
+    assert runs[0] == runs[1] and runs[0]["weights"].keys() == STEPS.keys()
     assert {method: len(values) for method, values in runs[0]["losses"].items()} == STEPS
 
 
