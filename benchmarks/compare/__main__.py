@@ -1,0 +1,126 @@
+"""Compare with a peer, row by row: ``python -m benchmarks.compare dpo|sft|reward [--peer trl|none] ...``.
+
+Each call runs one row in one dtype: first the same batch on both sides, which must give the same numbers; then repeats
+of one warm-up and ``--steps`` timed steps, each side in a process of its own, in turn; then peak memory where the row
+has it. Results are appended to ``benchmarks/results``; a call that was cut off goes on where it stopped. Both sides
+train all weights with AdamW on the same token ids, and clip.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.compare import report
+from benchmarks.compare.counts import shape_of
+from benchmarks.compare.peers import ROOT, python_of
+from benchmarks.compare.session import open_session, plan
+from benchmarks.compare.workload import choose, lengths, long_pair, read_rows, with_responses
+
+from posttrain.machine import fast_bf16
+from posttrain.models.load import find_model
+
+ROWS = {"dpo": (4, 2), "sft": (8, 1), "reward": (2, 4)}
+"""Prompts a step, and responses each."""
+
+LONG = 2048
+"""Tokens of a response with its prompt where memory is measured."""
+
+
+def main() -> None:
+    """Run one row and print what it measured."""
+    options = arguments()
+    row, peer = options.row, options.peer
+    found = find_model(options.model)
+    if peer != "none":
+        python_of(peer)
+    with tempfile.TemporaryDirectory() as folder:
+        about, jobs = jobs_of(options, found.path, Path(folder))
+        tasks = plan(jobs, options.repeats, peer)
+        about |= {"repeats": options.repeats, "label": found.label, "peer": peer}
+        keyed = [[t.part, t.column, t.side] for t in tasks]
+        session = open_session(f"{row}-{options.device}-{options.dtype}", about, keyed, len(tasks))
+        print(f"{row}, {options.dtype}, {options.device}, {about['threads']} threads, {found.label}, {about['data']}")
+        checks = [t for t in tasks if t.part == "check"]
+        session.run(checks, peer)
+        if checks:
+            print("\n".join(report.check_lines(row, session, peer)), flush=True)
+        session.run(tasks, peer)
+    if peer != "none":
+        print("\n".join(report.ratio_lines(session, peer)))
+    print("\n".join([*report.table_lines(session), report.drift_line(session), *report.memory_lines(session)]))
+    print(f"kept in {session.file.relative_to(ROOT)}")
+
+
+def arguments() -> argparse.Namespace:
+    """Options; bf16 is the default where the processor multiplies it by itself."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__)
+    parser.add_argument("row", choices=list(ROWS))
+    parser.add_argument("--peer", choices=["trl", "none"], default="trl")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["bf16", "fp32"])
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=3, help="timed steps a repeat")
+    parser.add_argument("--batch", type=int, help="prompts a step")
+    parser.add_argument("--responses", type=int, help="responses a prompt (reward)")
+    parser.add_argument("--max-length", type=int, default=1024, help="longer rows are left out")
+    options = parser.parse_args()
+    options.dtype = options.dtype or ("bf16" if options.device == "cuda" or fast_bf16() else "fp32")
+    options.batch = options.batch or ROWS[options.row][0]
+    options.responses = options.responses if options.row == "reward" and options.responses else ROWS[options.row][1]
+    return options
+
+
+def jobs_of(options: argparse.Namespace, model: str, folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """What a session is about, and the job of each column of its parts."""
+    row, peer, batch = options.row, options.peer, options.batch
+    data, items = read_rows(model, options.max_length)
+    items = with_responses(items, options.responses)
+    dealt, ranked = choose(items, batch, options.steps)
+    threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or len(os.sched_getaffinity(0))
+    base = {"row": row, "device": options.device, "dtype": options.dtype, "threads": threads, "lr": 1e-5}
+    about = base | {
+        "shape": shape_of(model)._asdict(),
+        "data": data,
+        "batch": batch,
+        "items": lengths(dealt[batch:]),
+        "long": LONG,
+    }
+    about["ids"] = hashlib.sha256(json.dumps(dealt).encode()).hexdigest()[:16]
+    ours = base | {"model": model, "per_step": batch}
+    theirs = ours | {"model": reward_start(model, folder) if row == "reward" and peer != "none" else model}
+
+    def columns(**changes: Any) -> dict[str, Any]:
+        mine = {"ours": ours | changes}
+        peers = {"defaults": theirs | changes, "tuned": theirs | changes} if peer != "none" else {}
+        return mine | peers
+
+    jobs = {"repeat": columns(rows=dealt)}
+    if peer != "none":
+        jobs["repeat"]["tuned"] = theirs | {"rows": ranked}
+        once = {"dtype": "fp32", "rows": dealt[:batch] * 2}
+        jobs["check"] = {"ours": ours | once, "check": theirs | once}
+    if row == "dpo":
+        jobs["memory"] = columns(rows=long_pair(items, LONG), per_step=1)
+    return about, jobs
+
+
+def reward_start(model: str, folder: Path) -> str:
+    """A classifier with our starting head, for the peer."""
+    start = folder / "reward-start"
+    start.mkdir()
+    call = [sys.executable, "-m", "benchmarks.compare.ours", "reward-start", model, str(start)]
+    subprocess.run(call, cwd=ROOT, check=True, capture_output=True)
+    return str(start)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""What a session says: seconds, ratios against each column of the peer, bounds, memory, and distance to the machine's limit."""
+
+from __future__ import annotations
+
+from statistics import mean, median
+from typing import Any
+
+from benchmarks.compare.counts import Shape, flops, optimiser_bytes, packed, padded
+from benchmarks.compare.session import Session
+
+Result = dict[str, Any]
+
+EPOCHS = {"dpo": ("first-epoch", "later-epochs")}
+"""Rows with a pass of a frozen reference: computed in the first epoch, kept for later ones."""
+
+NUMBERS = {
+    "dpo": {
+        "loss/total": "loss",
+        "optim/grad_norm": "grad_norm",
+        "logp/chosen": "logps/chosen",
+        "logp/rejected": "logps/rejected",
+    },
+    "sft": {"loss/total": "loss", "optim/grad_norm": "grad_norm"},
+    "reward": {"loss/total": "loss", "optim/grad_norm": "grad_norm"},
+}
+"""Our names of numbers that both sides log, to the peer's."""
+
+TOLERANCE = 1e-3
+
+
+def check_lines(row: str, session: Session, peer: str) -> list[str]:
+    """The first batch on both sides, before and after one update on it, in fp32.
+
+    Raises:
+        SystemExit: a number differs by more than `TOLERANCE`, relative to its size or to 1.
+    """
+    both = {r["side"]: r["numbers"] for r in session.results if r["part"] == "check"}
+    lines: list[str] = []
+    worst = 0.0
+    for ours, theirs in NUMBERS[row].items():
+        pairs = [(a[ours], b[theirs]) for a, b in zip(both["ours"], both[peer], strict=True)]
+        worst = max([worst, *(abs(a - b) / max(1.0, abs(a)) for a, b in pairs)])
+        lines.append(f"  {theirs}: " + ", then ".join(f"ours {a:.6g} {peer} {b:.6g}" for a, b in pairs))
+    if not worst <= TOLERANCE:
+        raise SystemExit("\n".join(["the sides do not compute the same numbers on the first batch:", *lines]))
+    return [f"same numbers on the first batch and after one update on it (fp32), within {worst:.1e}:", *lines]
+
+
+def kinds_of(row: str) -> tuple[str, ...]:
+    """Names of the timings of a row."""
+    return EPOCHS.get(row, ("",))
+
+
+def seconds(result: Result, kind: str) -> float:
+    """Seconds of the timed steps, with the reference pass in a first epoch."""
+    total = sum(step["total"] for step in result["steps"])
+    return total + (result.get("reference", 0.0) if kind == "first-epoch" else 0.0)
+
+
+def repeats(session: Session, column: str) -> list[Result]:
+    """A column's results, in the order of repeats."""
+    return [r for r in session.results if r["column"] == column and r["part"].startswith("repeat")]
+
+
+def rate(result: Result, key: str = "gflops") -> float:
+    """The machine's speed around a process."""
+    return mean(c[key] for c in result["calibration"])
+
+
+def operations(session: Session, result: Result, kind: str) -> float:
+    """Counted operations of the timed steps of a process."""
+    about = session.header
+    shape, scored = Shape(**about["shape"]), about["row"] != "reward"
+    if result["side"] == "ours":
+        work = packed(about["items"], scored=scored)
+        ref = kind == "first-epoch"
+        return flops(shape, work, train=True) + ref * flops(shape, work, train=False)
+    work = padded(result["shapes"][1:], scored=scored)
+    live = about["row"] in EPOCHS and result["column"] == "defaults"
+    ref = live or kind == "first-epoch"
+    checkpointed = result["column"] == "defaults"
+    return flops(shape, work, train=True, recomputed=checkpointed) + ref * flops(shape, work, train=False)
+
+
+def limit_share(session: Session, result: Result, kind: str) -> float:
+    """The share of its time that the counted work would take at the measured speed of products and copies."""
+    shape, count = Shape(**session.header["shape"]), len(result["steps"])
+    bytes_moved = count * optimiser_bytes(shape, session.header["dtype"] if result["side"] == "ours" else "fp32")
+    least = operations(session, result, kind) / (rate(result) * 1e9) + bytes_moved / (rate(result, "gbs") * 1e9)
+    return least / seconds(result, kind)
+
+
+def ratios(session: Session, column: str, kind: str) -> dict[str, Any]:
+    """Ratios of the peer's seconds to ours, repeat by repeat; also in units of products the machine would have made."""
+    pairs = list(zip(repeats(session, "ours"), repeats(session, column), strict=False))
+    raw = [seconds(b, kind) / seconds(a, kind) for a, b in pairs]
+    corrected = [x * rate(b) / rate(a) for x, (a, b) in zip(raw, pairs, strict=True)]
+    bound = operations(session, pairs[0][1], kind) / operations(session, pairs[0][0], kind)
+    return {"ratio": median(raw), "low": min(raw), "high": max(raw), "corrected": median(corrected), "bound": bound}
+
+
+def ratio_lines(session: Session, peer: str) -> list[str]:
+    """One line a ratio, the peer's defaults first."""
+    row, out = session.header["row"], list[str]()
+    for column in ("defaults", "tuned"):
+        for kind in kinds_of(row):
+            r = ratios(session, column, kind)
+            name = f"{row} {kind}".strip()
+            out.append(
+                f"{name} vs {peer} {column}: {r['ratio']:.2f}x ({r['low']:.2f} to {r['high']:.2f}; corrected for drift "
+                f"{r['corrected']:.2f}; bound from token counts {r['bound']:.2f})"
+            )
+    return out
+
+
+def table(session: Session) -> list[dict[str, Any]]:
+    """A line a column and kind: seconds a step, shares by phase, memory and the share of the machine's limit."""
+    out: list[dict[str, Any]] = []
+    for column in ("ours", "defaults", "tuned"):
+        if not (results := repeats(session, column)):
+            continue
+        for kind in kinds_of(session.header["row"]):
+            times = [seconds(r, kind) / len(r["steps"]) for r in results]
+            out.append(
+                {
+                    "column": f"{column} {kind}".strip(),
+                    "seconds": median(times),
+                    "low": min(times),
+                    "high": max(times),
+                    "shares": shares(results, kind),
+                    "above": median(r["above"] for r in results),
+                    "limit": median(limit_share(session, r, kind) for r in results),
+                }
+            )
+    return out
+
+
+def shares(results: list[Result], kind: str) -> dict[str, float]:
+    """Each phase's share of the time, all repeats together."""
+    spent = {p: sum(s.get(p, 0.0) for r in results for s in r["steps"]) for p in PHASES}
+    if kind == "first-epoch":
+        spent["reference"] += sum(r.get("reference", 0.0) for r in results)
+    return {phase: x / sum(spent.values()) for phase, x in spent.items()}
+
+
+PHASES = ("reference", "forward", "backward", "optimiser")
+
+
+def table_lines(session: Session) -> list[str]:
+    """The table as text."""
+    head = f"{'column':<24}{'s a step':>9}{'low':>8}{'high':>8}" + "".join(f"{p:>11}" for p in PHASES)
+    lines = [head + f"{'MB above':>10}{'of limit':>10}"]
+    for line in table(session):
+        parts = "".join(f"{share:>11.0%}" for share in line["shares"].values())
+        lines.append(
+            f"{line['column']:<24}{line['seconds']:>9.2f}{line['low']:>8.2f}{line['high']:>8.2f}{parts}"
+            f"{line['above'] / 1e6:>10.0f}{line['limit']:>10.0%}"
+        )
+    return lines
+
+
+def drift_line(session: Session) -> str:
+    """How far the machine's own speed moved over the session."""
+    rates = [c["gflops"] for r in session.results if r["part"].startswith("repeat") for c in r["calibration"]]
+    copies = [c["gbs"] for r in session.results if r["part"].startswith("repeat") for c in r["calibration"]]
+    return (
+        f"the machine: products at {median(rates):.0f} GFLOP/s ({min(rates):.0f} to {max(rates):.0f}), "
+        f"copies at {median(copies):.1f} GB/s ({min(copies):.1f} to {max(copies):.1f})"
+    )
+
+
+def memory_lines(session: Session) -> list[str]:
+    """Peak memory of one long pair a step, above weights, masters, moments and libraries."""
+    found = {r["column"]: r for r in session.results if r["part"] == "memory"}
+    lines = []
+    for column, result in found.items():
+        copy = f", {result['copy'] / 1e6:.0f} of them the reference's weights" if result.get("copy") else ""
+        lines.append(
+            f"memory, one pair a step of {session.header['long']} tokens, {column}: {result['above'] / 1e6:.0f} MB{copy}"
+        )
+    for column in ("defaults", "tuned"):
+        if {"ours", column} <= set(found):
+            lines.append(f"  ours is {found['ours']['above'] / found[column]['above']:.0%} of {column}")
+    return lines

@@ -1,0 +1,94 @@
+"""Rows for a comparison: token ids of real pairs where they are at hand, else of the default set; the same for both sides."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+REAL = "pairs__hh-helpful-base__train.jsonl.gz"
+"""Pairs that are read from the folder named by POSTTRAIN_REAL_DATA."""
+
+Ids = list[int]
+Item = dict[str, Any]
+"""A prompt's ids and its responses', best first."""
+
+
+def read_rows(model: str, max_length: int) -> tuple[str, list[Item]]:
+    """The data's name, and its rankings as token ids of at most ``max_length`` a response with its prompt."""
+    from posttrain.data import read, resolve_data
+    from posttrain.data.collate import ranking_rows
+    from posttrain.models.load import load_tokenizer
+
+    folder = os.environ.get("POSTTRAIN_REAL_DATA")
+    file = Path(folder) / REAL if folder else resolve_data("default")["rankings"]
+    examples = read(file, skip_bad=100)  # pairs with an empty answer
+    rows, report = ranking_rows(load_tokenizer(model), examples, max_length=max_length, overlong="drop")
+    items = [
+        {"prompt": list(row.prompt), "branches": [list(b.ids) for _, b in ranked]}
+        for row, i in zip(rows, report.index, strict=True)
+        if (ranked := sorted(zip([r.rank or 0 for r in examples[i].responses], row.branches, strict=True), key=_rank))
+    ]
+    return REAL if folder else "default rankings", items
+
+
+def _rank(ranked: tuple[int, Any]) -> int:
+    return ranked[0]
+
+
+def with_responses(items: list[Item], count: int, seed: int = 0) -> list[Item]:
+    """Rows of ``count`` responses: each row's own, then those of other rows where it has fewer."""
+    draw = random.Random(seed)
+    return [
+        {
+            "prompt": item["prompt"],
+            "branches": (item["branches"] + [draw.choice(draw.choice(items)["branches"]) for _ in range(count)])[
+                :count
+            ],
+        }
+        for item in items
+    ]
+
+
+def length(item: Item) -> int:
+    """Tokens of the longest sequence of a row."""
+    return len(item["prompt"]) + max(map(len, item["branches"]))
+
+
+def lengths(items: list[Item]) -> list[Item]:
+    """Rows without their tokens, as results keep them."""
+    return [{"prompt": len(i["prompt"]), "branches": [len(b) for b in i["branches"]]} for i in items]
+
+
+def choose(items: list[Item], per_step: int, steps: int, seed: int = 0) -> tuple[list[Item], list[Item]]:
+    """A warm-up batch and ``steps`` batches, in two orders: dealt at random, and sorted by length.
+
+    Rows are taken around ``steps`` quantiles of length, ``per_step`` neighbours at each. Sorted, a batch holds
+    neighbours, as in a large data set that was sorted by length; dealt, it holds any of them, as in one that was not.
+    """
+    ranked = sorted(items, key=length)
+    need = per_step * (steps + 1)
+    if len(ranked) < need:
+        raise SystemExit(f"{len(ranked)} rows at hand, {need} wanted: take fewer rows or steps")
+    taken: set[int] = set()
+
+    def around(share: float) -> list[Item]:
+        near = sorted(range(len(ranked)), key=lambda i: abs(i - share * len(ranked)))
+        found = [i for i in near if i not in taken][:per_step]
+        taken.update(found)
+        return [ranked[i] for i in sorted(found)]
+
+    clusters = [around((k + 0.5) / steps) for k in range(steps)]
+    warm = around(0.5)
+    by_length = [item for cluster in clusters for item in cluster]
+    dealt = random.Random(seed).sample(by_length, len(by_length))
+    return warm + dealt, warm + by_length
+
+
+def long_pair(items: list[Item], total: int) -> list[Item]:
+    """Two equal batches of one pair, each response with its prompt ``total`` tokens long, half of it prompt."""
+    ids = [i for item in items for i in [*item["prompt"], *item["branches"][0], *item["branches"][-1]]]
+    half = total // 2
+    row = {"prompt": ids[:half], "branches": [ids[half:total], ids[total : total + total - half]]}
+    return [row, row]
