@@ -24,7 +24,7 @@ def demonstrations(examples: Sequence[Example]) -> list[Example]:
     """Return one example each with one response to imitate; of ranked responses, the best.
 
     Raises:
-        DataError: an example without response, with a labelled failure as its best, or without a single best.
+        DataError: an example without response, with a labelled failure or bad answer as its best, without a single best.
     """
     found: list[Example] = []
     for i, example in enumerate(_prompted(examples)):
@@ -271,4 +271,6 @@ def _best(example: Example, position: int) -> Response:
     if best.failure is not None:
         label = f"the response to imitate is labelled a failure ('{best.failure}')"
         raise fault(example, position, "failures", label, "remove the row or the label")
+    if best.label is False:
+        raise fault(example, position, "label", "the response to imitate is labelled bad (false)", "remove the row")
     return best

@@ -13,6 +13,7 @@ from rich.console import Console
 from posttrain.machine import deterministic_kernels
 
 Overlong = Literal["error", "drop", "truncate_prompt_left", "truncate_completion"]
+History = Literal["refuse", "last", "each"]
 PARAMETERS = 134.5e6  # of the default model, for forecasts made before any model is looked for
 TOKENS_A_ROW = 110  # prompt and answer of the default data, in tokens
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from posttrain.errors import ConfigError
-from posttrain.stages.base import PARAMETERS, TOKENS_A_ROW, Overlong, Plan, Stage
+from posttrain.stages.base import PARAMETERS, TOKENS_A_ROW, History, Overlong, Plan, Stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,9 @@ class Pretrain(Training):
 class SFT(Training):
     """Supervised fine-tuning on demonstrations (Ouyang et al. 2022, section 3.5: 16 epochs, cosine, batch 32 for 1.3B).
 
-    Writes a plain model directory (``model.safetensors``, config, tokenizer with its chat template).
+    ``history`` says what to do where the template rewrites earlier turns (thinking that it strips): refuse, train the last
+    turn only, or make each trained turn a row of its own, after the history as it read then. Writes a plain model directory
+    (``model.safetensors``, config, tokenizer with its chat template).
     """
 
     WORK: ClassVar[str] = "posttrain.work.supervised:run"
@@ -96,6 +98,7 @@ class SFT(Training):
     }
     epochs: float = 16.0
     prompts_per_step: int = 32
+    history: History = "refuse"
 
     def plan(self) -> Plan:
         """96 demonstrations, unless limited."""

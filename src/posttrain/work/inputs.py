@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,12 @@ from posttrain.machine import fast_bf16
 from posttrain.models.load import cache_dir, find_model, load_generation_config, load_tokenizer, model_files
 from posttrain.stages import Context, Stage, stage_model
 from posttrain.types import Example
+
+_OF_LABELS = {
+    "demonstrations": "keep the rows to imitate (label true) without the column 'label' or 'score'",
+    "rankings": "give a good and a bad answer to the same prompt as 'chosen' and 'rejected' of one row",
+    "prompts": "keep the column 'prompt' alone",
+}
 
 
 @dataclass(frozen=True)
@@ -122,10 +128,15 @@ def load_examples(stage: Any, ctx: Context, part: str) -> list[Example]:
     """
     files = data_files(stage.data, _root_model(stage))
     if part not in files:
-        raise ConfigError(
-            f"data '{stage.data}' has no {part}; {suggest(part, files)}; expected a file such as {part}.jsonl"
-        )
+        raise _lacks(stage.data, part, files)
     return read_part(files[part], ctx, getattr(stage, "limit", None), getattr(stage, "skip_bad", 0))
+
+
+def _lacks(data: str, part: str, files: Iterable[str]) -> ConfigError:
+    """The error of data without the part that a stage reads; of labelled answers it says how to make that of them."""
+    if "labelled" not in files or part not in _OF_LABELS:
+        return ConfigError(f"data '{data}' has no {part}; {suggest(part, files)}; expected a file such as {part}.jsonl")
+    return ConfigError(f"data '{data}' has no {part}, but answers with a label or score each; {_OF_LABELS[part]}")
 
 
 def test_file(stage: Any) -> Path:
@@ -174,7 +185,7 @@ def stage_files(stage: Any) -> list[Path]:
         files = data_files(stage.data, _root_model(stage))
         missing = [part for part in stage.DATA if part not in files]
         if missing and stage.DATA[0] in missing:
-            raise ConfigError(f"data '{stage.data}' has no {missing[0]}; {suggest(missing[0], files)}")
+            raise _lacks(stage.data, missing[0], files)
         out += [files[part] for part in stage.DATA if part in files]
     if isinstance(reward := getattr(stage, "reward", None), str):
         if not (Path(reward) / "reward.json").exists():

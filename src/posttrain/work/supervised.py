@@ -17,7 +17,9 @@ def run(stage: SFT, ctx: Context) -> None:
     """Train on the demonstrations and write the model."""
     start = start_from(stage.model, ctx)
     examples = load_examples(stage, ctx, "demonstrations")
-    rows, report = demonstration_rows(start.tokenizer, examples, max_length=stage.max_length, overlong=stage.overlong)
+    rows, report = demonstration_rows(
+        start.tokenizer, examples, max_length=stage.max_length, overlong=stage.overlong, history=stage.history
+    )
     ctx.console.print(f"demonstrations: {report}", highlight=False)
     weights = row_weights([examples[i] for i in report.index], ctx)
     source = demonstration_source(rows, per_step=stage.prompts_per_step, seed=ctx.seed, weights=weights)
