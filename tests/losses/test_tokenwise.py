@@ -96,6 +96,9 @@ def test_mallows_by_the_references_entropy():
     near([18.489093, 36.019497, 14.273039])(loss["mallows_ipo"](pairs, tau=0.1))
     certain = replace(pairs, chosen=replace(pairs.chosen, ref_entropy=torch.zeros(3, 4, dtype=torch.float64)))
     assert loss["mallows"](certain).isfinite().all()
+    nats = replace(pairs, chosen=replace(pairs.chosen, ref_entropy=torch.full((3, 4), 2.0, dtype=torch.float64)))
+    with pytest.raises(ConfigError, match=r"mean 'ref_entropy' of 1.12; expected entropies over log V"):
+        loss["mallows"](nats)
 
 
 def lifted(pairs, name):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from posttrain.forest import Batch, build_forest, split
-from posttrain.losses.preference import preference
 from posttrain.models.policy import forward_stats
 from posttrain.train.loop import _accumulate
 from posttrain.train.objectives import objectives
-from posttrain.train.terms import Term
+from posttrain.train.sources import label_counts
+from posttrain.train.terms import Term, unmoved
 
 from .tiny import random_rows, role
 
@@ -30,7 +30,7 @@ class Spread:
         return {"loss/total": Term(((sums - sums.mean()) ** 2).sum(), "branches")}
 
 
-def names() -> list[str]:
+def every() -> list[str]:
     """``objective`` or ``objective:loss``."""
     out = ["coupled"]
     for name in objectives:
@@ -39,41 +39,61 @@ def names() -> list[str]:
     return out
 
 
+def names() -> list[str]:
+    """Of losses that an objective treats alike, by what was stated of them, the first."""
+    first: dict[str, str] = {}
+    for case in every():
+        kind, _, loss = case.partition(":")
+        facts = objectives.facts(kind)["losses"].facts(loss) if loss else {}
+        told = [facts.get(k) for k in ("needs", "reads", "coupled", "per_token", "mismatched")]
+        first.setdefault(str([kind, *told]), case)
+    return list(first.values())
+
+
 def make(name: str, seed: int = 0):
     """``(models, objective, batch)`` of a case."""
     kind, _, loss = name.partition(":")
     facts = objectives.facts(kind) if kind != "coupled" else {"columns": ()}
     build = objectives[kind] if kind != "coupled" else Spread
-    losses = facts.get("losses")
-    objective = build() if not loss else build(loss=loss if losses is preference else losses[loss])
+    objective = build() if not loss else build(loss=facts["losses"][loss] if kind == "policy_gradient" else loss)
     models = {
         r: role(k, scalar=bool(names & {"score", "value"})) for k, (r, names) in enumerate(objective.reads.items())
     }
+    if any("other" in stat for wanted in objective.reads.values() for stat in wanted):
+        models["reference"] = role(7, trained=False)
     forest = build_forest(random_rows(seed + 1, SHAPE, objective.mask))
     g = torch.Generator().manual_seed(seed + 9)
     noise = lambda: torch.randn(len(forest.target), generator=g, dtype=torch.float64)  # noqa: E731
     stats = {}
     with torch.no_grad():
         for r, wanted in objective.reads.items():
-            stats |= forward_stats(models[r], forest, wanted)
+            stats |= forward_stats(models[r], forest, wanted, other=models.get("reference"))
     tokens = {
         "old_logp": lambda: stats["logp"] + 0.3 * noise(),
         "ref_logp": lambda: stats["logp"] + 0.3 * noise(),
         "old_value": lambda: stats["value"] + 0.3 * noise(),
         "advantage": noise,
         "return": noise,
+        "ref_entropy": lambda: torch.rand(len(forest.target), generator=g, dtype=torch.float64),
+        "written": lambda: torch.rand(len(forest.target), generator=g) < 0.8,
     }
-    branches = {"rank": lambda: torch.tensor(RANKS), "weight": lambda: torch.tensor(WEIGHTS, dtype=torch.float64)}
+    branches = {
+        "rank": lambda: torch.tensor(RANKS),
+        "weight": lambda: torch.tensor(WEIGHTS, dtype=torch.float64),
+        "score": lambda: torch.randn(len(RANKS), generator=g, dtype=torch.float64),
+        "reward": lambda: torch.randn(len(RANKS), generator=g, dtype=torch.float64),
+        "explored": lambda: torch.tensor(RANKS) % 2,
+        "label": lambda: torch.tensor(RANKS) % 2,
+        "matched": lambda: torch.tensor([k % 4 != 2 for k in range(len(RANKS))]).long(),
+    }
     unknown = set(facts["columns"]) - set(tokens) - set(branches)
     assert not unknown, f"objective '{kind}' has columns {unknown} that tests/train/cases.py can't make: add them there"
     mask = forest.masks[objective.mask] if objective.mask else torch.ones(len(forest.target), dtype=torch.bool)
     counts = {"tokens": float(mask.sum()), "branches": float(len(forest.end)), "prompts": 4.0, "pairs": 9.0}
-    batch = Batch(
-        forest,
-        {c: tokens[c]() for c in facts["columns"] if c in tokens},
-        {c: branches[c]() for c in facts["columns"] if c in branches},
-        counts,
-    )
+    made = {c: branches[c]() for c in facts["columns"] if c in branches}
+    if "label" in made:
+        counts |= label_counts(made["label"], made["matched"], made["weight"])
+    batch = Batch(forest, {c: tokens[c]() for c in facts["columns"] if c in tokens}, made, counts)
     return models, objective, batch
 
 
@@ -81,7 +101,8 @@ def gradients(models, objective, batch, max_tokens, share=None):
     """Metrics and gradients of a step (or of a rank's share of it), and how many micro-batches made them."""
     mine = batch if share is None else share.batch
     parts = split(mine, max_tokens, objective.whole_groups) if mine else []
-    found = _accumulate(models, objective, batch, parts, 0, share)
+    with unmoved(objective):
+        found = _accumulate(models, objective, batch, parts, 0, share)
     return found, taken(models), len(parts)
 
 

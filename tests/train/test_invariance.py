@@ -22,7 +22,7 @@ from posttrain.train.objectives import PolicyGradient, RewardModel, Supervised, 
 from posttrain.train.sources import demonstration_source, ranking_source
 from posttrain.train.terms import Objective
 
-from .cases import close, gradients, make, names
+from .cases import close, every, gradients, make, names
 from .tiny import PROMPTS, STOPS, network, random_rows, role
 
 SHAPE = [(5, [4, 7, 3]), (9, [6]), (2, [8, 8]), (12, [5, 1, 9, 2]), (1, [3])]
@@ -84,6 +84,20 @@ def test_metrics_of_objectives_are_registered(case):
     assert case[3].keys() <= METRICS.keys()
 
 
+def test_the_cases_have_every_objective():
+    assert {name.partition(":")[0] for name in names()} == {"coupled", *objectives}
+
+
+@pytest.mark.parametrize("name", sorted(set(every()) - set(names())))
+def test_neither_micro_batches_nor_row_order_change_other_losses(name):
+    models, objective, batch = make(name)
+    whole, expected, _ = gradients(models, objective, batch, 10_000)
+    turned = take(batch, [(t, range(len(batch.forest.trees[t].branches))) for t in (2, 3, 0, 1)])
+    found, grads, parts = gradients(models, objective, turned, 30)
+    assert parts > 1 and found == near(whole) and max(float(g.abs().max()) for g in grads.values()) > 1e-4
+    close(grads, expected)
+
+
 @pytest.mark.parametrize("max_tokens", [30, 60])
 def test_max_tokens_changes_nothing(case, max_tokens):
     models, objective, batch, whole, expected = case
@@ -119,7 +133,7 @@ def test_evaluation_changes_nothing(case):
     models, objective, batch, _, expected = case
     with torch.no_grad():
         for name, wanted in objective.reads.items():
-            forward_stats(models[name], batch.forest, wanted)
+            forward_stats(models[name], batch.forest, wanted, other=models.get("reference"))
     if "policy" in models:
         engine = LocalEngine(models["policy"], STOPS, slots=3)
         asked = [Request(tuple(p), (0, k)) for k, p in enumerate(PROMPTS)]

@@ -192,9 +192,17 @@ def dispersion(pairs: TokenPairs, scale: float) -> Tensor:
     """``-scale log H``, H the reference's mean entropy a token over ``log V``, averaged over both responses; ``[B]``.
 
     Prompts to which answers vary little (small H) count more. H is held above 1e-6.
+
+    Raises:
+        ConfigError: an H above 1, so that entropies are no shares of ``log V``.
     """
     entropies = [_mean(side, _given(side, "ref_entropy")) for side in (pairs.chosen, pairs.rejected)]
-    return -scale * ((entropies[0] + entropies[1]) / 2).detach().clamp(1e-6, 1).log()
+    share = ((entropies[0] + entropies[1]) / 2).detach()
+    if bool((share > 1.001).any()):
+        raise ConfigError(
+            f"got a mean 'ref_entropy' of {float(share.max()):.3g}; expected entropies over log V, at most 1"
+        )
+    return -scale * share.clamp(1e-6, 1).log()
 
 
 @token_losses.register("mallows", paper=MALLOWS, needs=("reference",), reads=("ref_entropy",), at_reference=math.log(2))

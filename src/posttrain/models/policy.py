@@ -104,11 +104,13 @@ def forward_stats(
     *,
     mask: Tensor | None = None,
     temperature: float = 1.0,
+    other: Model | None = None,
 ) -> dict[str, Tensor]:
     """Statistics a loss may read, from one pass over the forest.
 
     ``score`` ``[B]`` at each branch's last token and ``value`` ``[M]`` at the state before each target need a scalar head;
     token statistics (`posttrain.ops.token_stats`) are ``[M]``, computed only where ``mask`` is true and 0 elsewhere.
+    Those of two distributions (``kl_from_other`` ...) need the ``other`` model, which is computed without gradient.
     """
     states = hidden_states(model, forest)
     out: dict[str, Tensor] = {}
@@ -121,12 +123,17 @@ def forward_stats(
     token_wants = want - {"score", "value"}
     if token_wants:
         keep = torch.arange(len(forest.target)) if mask is None else mask.nonzero()[:, 0]
+        beside = None
+        if other is not None and any("other" in name for name in token_wants):
+            with torch.no_grad():
+                beside = hidden_states(other, forest).index_select(0, forest.source[keep]), other.head
         stats = token_stats(
             states.index_select(0, forest.source[keep]),
             model.head,
             forest.target[keep],
             token_wants,
             temperature=temperature,
+            other=beside,
         )
         full = len(keep) == len(forest.target)
         for name, x in stats.items():

@@ -143,10 +143,12 @@ def _update(guard: Guard, optim: Optim, run: Run, step: int, batch: Batch, *, fi
 
 
 def _stats(models: Mapping[str, Model], objective: Objective, part: Batch) -> dict[str, dict[str, Tensor]]:
-    """One forward pass a role over a micro-batch."""
-    mask = part.forest.masks[objective.mask] if objective.mask else None
+    """One forward pass a role over a micro-batch, beside the frozen role ``reference`` where a statistic is one of both."""
+    mask, other = part.forest.masks[objective.mask] if objective.mask else None, models.get("reference")
     return {
-        role: forward_stats(models[role], part.forest, wanted, mask=mask, temperature=objective.temperature)
+        role: forward_stats(
+            models[role], part.forest, wanted, mask=mask, temperature=objective.temperature, other=other
+        )
         for role, wanted in objective.reads.items()
     }
 

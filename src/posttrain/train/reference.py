@@ -38,11 +38,13 @@ def row_logp(
     *,
     max_tokens: int,
     mask: str = "loss",
+    stat: str = "logp",
     on_done: Callable[[int], None] | None = None,
 ) -> list[Tensor]:
     """``log p(y_t)`` in nats of every response token of every row, without gradient; one ``[tokens of the row]`` a row.
 
-    Tokens outside ``mask`` are 0. ``on_done`` hears how many responses are finished.
+    Or another statistic of tokens (`posttrain.ops.token_stats`). Tokens outside ``mask`` are 0. ``on_done`` hears how many
+    responses are finished.
     """
     parts = split(Batch(build_forest(rows), {}, {}, {}), max_tokens, whole_groups=False)
     found: list[Tensor] = []
@@ -50,7 +52,7 @@ def row_logp(
     with torch.no_grad():
         for part in parts:
             forest = part.forest
-            found.append(forward_stats(model, forest, frozenset({"logp"}), mask=forest.masks[mask])["logp"].cpu())
+            found.append(forward_stats(model, forest, frozenset({stat}), mask=forest.masks[mask])[stat].cpu())
             done += len(forest.end)
             if on_done is not None:
                 on_done(done)

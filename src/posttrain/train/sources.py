@@ -117,26 +117,61 @@ def ranking_source(
     seed: int,
     weights: Sequence[float] | None = None,
     ref_logp: Sequence[Tensor] | None = None,
+    columns: Mapping[str, Sequence[Sequence[float]]] | None = None,
+    tokens: Mapping[str, Sequence[Tensor]] | None = None,
 ) -> DataSource:
     """Ranked responses, ``ranks[row][response]`` with 0 = best; pairs are rankings of two.
 
     Counts prompts and tokens by weight, and responses. ``weights`` are one a row (1 if not given); ``ref_logp`` one
-    tensor a row, the reference's log-probabilities of all its responses' tokens (`posttrain.train.reference`).
+    tensor a row, the reference's log-probabilities of all its responses' tokens (`posttrain.train.reference`); ``columns``
+    other numbers of responses, by name, row and response; ``tokens`` other tensors a row.
+    """
+    given = dict(tokens or {}) | ({} if ref_logp is None else {"ref_logp": ref_logp})
+    return response_source(
+        rows, {"rank": ranks, **(columns or {})}, given, per_step=per_step, seed=seed, weights=weights
+    )
+
+
+def response_source(
+    rows: Sequence[Row],
+    columns: Mapping[str, Sequence[Sequence[float]]],
+    tokens: Mapping[str, Sequence[Tensor]],
+    *,
+    per_step: int,
+    seed: int,
+    weights: Sequence[float] | None = None,
+) -> DataSource:
+    """Responses with numbers of each, ``columns[name][row][response]``, and of each token, ``tokens[name][row]``.
+
+    Counts prompts by weight, responses, tokens by weight where there are any of ``tokens``; where there is a ``label``, also
+    ``good``, ``bad`` and ``mismatched`` responses by weight. Whole numbers become int64 columns, others float64.
     """
     used, weight = weighted_rows(len(rows), weights)
 
     def make(indices: Sequence[int]) -> Batch:
         chosen = [used[i] for i in indices]
         forest, w = _forest(rows, weight, chosen)
-        rank = torch.tensor([r for i in chosen for r in ranks[i]])
+        branches = {name: _column([x for i in chosen for x in values[i]]) for name, values in columns.items()}
         counts = {"prompts": sum(weight[i] for i in chosen), "branches": float(len(forest.end))}
-        tokens: dict[str, Tensor] = {}
-        if ref_logp is not None:
-            tokens = {"ref_logp": torch.cat([ref_logp[i] for i in chosen])}
+        if tokens:
             counts["tokens"] = _tokens(forest, w)
-        return Batch(forest, tokens, {"rank": rank, "weight": w}, counts)
+        if "label" in branches:
+            counts |= label_counts(branches["label"], branches["matched"], w)
+        found = {name: torch.cat([values[i] for i in chosen]) for name, values in tokens.items()}
+        return Batch(forest, found, branches | {"weight": w}, counts)
 
     return DataSource(len(used), per_step, seed, make)
+
+
+def label_counts(label: Tensor, matched: Tensor, weight: Tensor) -> dict[str, float]:
+    """Good and bad responses to their own prompts, and those to others, by weight."""
+    kinds = {"good": (matched > 0) & (label > 0), "bad": (matched > 0) & (label <= 0), "mismatched": matched <= 0}
+    return {name: float(weight[where].sum()) for name, where in kinds.items()}
+
+
+def _column(values: Sequence[float]) -> Tensor:
+    """Numbers of responses."""
+    return torch.tensor(values, dtype=torch.long if all(isinstance(x, int) for x in values) else torch.float64)
 
 
 def weighted_rows(count: int, weights: Sequence[float] | None) -> tuple[list[int], list[float]]:

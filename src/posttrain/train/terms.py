@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,8 +12,13 @@ from torch import Tensor
 
 from posttrain.forest import Batch, Forest
 from posttrain.losses.reward import pair_weights
+from posttrain.ops.masked import segment_sum
+from posttrain.registry import Registry
 
 Stats = Mapping[str, Mapping[str, Tensor]]  # role -> statistic -> tensor
+
+objectives = Registry("objective")
+"""Every objective; facts: ``columns`` that its batches carry beside the forest, ``losses`` that it can be given."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,16 @@ def branch_weight(batch: Batch, dtype: torch.dtype) -> Tensor:
     return torch.ones_like(batch.forest.end, dtype=dtype) if weight is None else weight.to(dtype)
 
 
+def response_sums(values: Tensor, batch: Batch) -> Tensor:
+    """``[B]`` sums of ``[M]`` values over each response's trained tokens (mask "loss"), in float64.
+
+    Log-ratios are small differences of large sums.
+    """
+    forest = batch.forest
+    kept = torch.where(forest.masks["loss"], values.double(), 0.0)
+    return segment_sum(kept, forest.branch, len(forest.end))
+
+
 def state_of(objective: Any) -> Any:
     """The JSON state of an objective that has one, else None."""
     return objective.state() if hasattr(objective, "state") else None
@@ -121,3 +136,17 @@ def pair_shares(batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tenso
 def ordered_right(gap: Tensor) -> Tensor:
     """1 where the better response is ahead, 1/2 at a tie, 0 elsewhere; the shape and dtype of ``gap``."""
     return (gap > 0).to(gap.dtype) + 0.5 * (gap == 0).to(gap.dtype)
+
+
+def at_reference(loss: Callable[[Stats], Tensor], stats: Stats, batch: Batch, tolerance: float) -> tuple[float, float]:
+    """A loss where the policy is the reference, and by how much it moves when every response does by ``tolerance`` nats."""
+    policy = stats["policy"]
+    logp = batch.tokens["ref_logp"].to(policy["logp"].dtype)
+    same = {name: torch.zeros_like(x) if "other" in name else x for name, x in policy.items()}
+    with torch.enable_grad():
+        leaf = logp.detach().clone().requires_grad_()
+        value = loss({**stats, "policy": {**same, "logp": leaf}})
+        slope = torch.autograd.grad(value, leaf)[0].abs()
+    largest = torch.zeros(len(batch.forest.end), dtype=slope.dtype)
+    largest = largest.scatter_reduce(0, batch.forest.branch, slope, "amax")
+    return float(value.detach()), 1e-9 + tolerance * float(largest.sum())
