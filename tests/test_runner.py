@@ -201,9 +201,11 @@ def test_what_a_killed_process_was_writing_is_removed(tmp_path: Path, console: C
         run_recipe(chain(fault="ctrl-c"), root=tmp_path, console=console)
     left = tmp_path / "chain" / "second" / "policy" / ".tmpAbC123"  # as safetensors names them
     left.parent.mkdir()
-    left.write_bytes(b"half")
+    json_too = tmp_path / "chain" / "second" / f".reward.json.{os.getpid()}.tmp"
+    for path in (left, json_too):
+        path.write_bytes(b"half")
     run_recipe(chain(fault="ctrl-c"), root=tmp_path, console=console)
-    assert not left.exists()
+    assert not left.exists() and not json_too.exists()
     assert json.loads((tmp_path / "chain" / "second" / "done.json").read_text())["outputs"] == {"total.json": 3}
 
 

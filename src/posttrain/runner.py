@@ -196,8 +196,9 @@ def _run_stage(stage: Stage, ctx: Context, described: Mapping[str, Any], *, clea
         ctx.dir.rename(trash)  # at once: a deletion cut off half-way would leave a directory nobody can read
         shutil.rmtree(trash)
     ctx.dir.mkdir(exist_ok=True)
-    for path in ctx.dir.rglob(".tmp*"):  # of a killed process in the middle of safetensors' writing
-        path.unlink()
+    for path in [*ctx.dir.rglob(".tmp*"), *ctx.dir.rglob(".*.tmp")]:  # killed while safetensors or JSON was written
+        if path.is_file():
+            path.unlink()
     earlier = (read_json(ctx.dir / "stage.json") or {}).get("seconds", 0.0)
     write_json(ctx.dir / "stage.json", {**described, "seconds": earlier})
     began = time.monotonic()

@@ -446,6 +446,20 @@ def test_a_finished_run_is_not_run_again(tmp_path):
     assert equal(weights(models), weights(expected)) and (tmp_path / "metrics.jsonl").read_text() == lines
 
 
+def test_fewer_steps_than_were_made_are_refused(tmp_path):
+    """Weights that were trained for longer than asked would pass for the shorter run's."""
+    with pytest.raises(Killed):
+        supervised(tmp_path, torch.float32, [kill_at(5)])
+    source = demonstration_source(random_rows(1, [(3, [4]), (2, [6])]), per_step=2, seed=7)
+    with pytest.raises(CheckError) as caught:
+        fit({"policy": role(0)}, Supervised(), source, optim=OPTIM, run=run_in(tmp_path, steps=3))
+    assert str(caught.value) == (
+        "train: the newest checkpoint has made 4 steps, the run now asks for 3; ask for at least as many, or start again: in "
+        "another directory, or with --restart-changed"
+    )
+    assert len(metrics(tmp_path)) == 6  # nothing was touched
+
+
 def test_a_sampler_that_is_not_the_policy_is_refused_before_the_first_step(tmp_path):
     models = {"policy": role(0), "value": role(1, scalar=True)}
     source = rollouts(role(4, trained=False), role(0, trained=False), models["value"])

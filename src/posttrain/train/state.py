@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
+from posttrain.errors import CheckError
 from posttrain.train.checkpoint import Checkpoint, Unusable, newest_checkpoint
 from posttrain.train.distributed import world
 from posttrain.train.optim import MasterAdamW
@@ -53,6 +54,9 @@ def restore(
     """Go on from the newest checkpoint that can be used; returns its step (0: none) and the length of ``metrics.jsonl``.
 
     What is wrong with newer ones is printed, and so is a machine on which the last bits may differ.
+
+    Raises:
+        CheckError: that one has made more than ``steps``, or is of another model.
     """
 
     def accept(found: Checkpoint) -> None:
@@ -65,6 +69,11 @@ def restore(
         console.print(f"[yellow]{title}: {escape(fault)}[/]", soft_wrap=True)
     if found is None:
         return 0, 0
+    if found.step > steps:  # what is there was trained for longer than asked
+        raise CheckError(
+            f"{title}: the newest checkpoint has made {found.step} steps, the run now asks for {steps}; ask for at least as many, "
+            "or start again: in another directory, or with --restart-changed"
+        )
     optimizer.load(found.tensors)
     if hasattr(objective, "load_state"):
         objective.load_state(found.state["objective"])
@@ -78,7 +87,7 @@ def restore(
         if (before := found.state["dtypes"].get(role)) != dtype:  # "auto" chose otherwise, on another processor
             line = f"the {role} was trained in {before} and is in {dtype} now; the run goes on, not as it would have"
             console.print(f"[yellow]{title}: {line}[/]", soft_wrap=True)
-    if found.step >= steps:
+    if found.step == steps:
         console.print(f"[dim]{title}: all {steps} steps are done; nothing is trained[/]")
     return found.step, found.state["metrics"]
 
