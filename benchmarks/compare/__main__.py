@@ -1,4 +1,4 @@
-"""Compare with a peer, row by row: ``python -m benchmarks.compare dpo|sft|reward [--peer trl|none] ...``.
+"""Compare with a peer, row by row: ``python -m benchmarks.compare dpo|sft|reward|generate [--peer trl|hf|none] ...``.
 
 Each call runs one row in one dtype: first the same batch on both sides, which must give the same numbers; then repeats
 of one warm-up and ``--steps`` timed steps, each side in a process of its own, in turn; then peak memory where the row
@@ -22,13 +22,17 @@ from benchmarks.compare import report
 from benchmarks.compare.counts import shape_of
 from benchmarks.compare.peers import ROOT, python_of
 from benchmarks.compare.session import open_session, plan
-from benchmarks.compare.workload import choose, lengths, long_pair, read_rows, with_responses
+from benchmarks.compare.workload import choose, lengths, long_pair, read_rows, rollouts, with_responses
 
+from posttrain.data import stop_ids
 from posttrain.machine import fast_bf16
-from posttrain.models.load import find_model
+from posttrain.models.load import find_model, load_generation_config, load_tokenizer
 
-ROWS = {"dpo": (4, 2), "sft": (8, 1), "reward": (2, 4)}
+ROWS = {"dpo": (4, 2), "sft": (8, 1), "reward": (2, 4), "generate": (4, 8)}
 """Prompts a step, and responses each."""
+
+LONGEST = 192
+"""Tokens of the longest response where lengths are forced."""
 
 LONG = 2048
 """Tokens of a response with its prompt where memory is measured."""
@@ -42,7 +46,8 @@ def main() -> None:
     if peer != "none":
         python_of(peer)
     with tempfile.TemporaryDirectory() as folder:
-        about, jobs = jobs_of(options, found.path, Path(folder))
+        make = rollout_jobs if row == "generate" else training_jobs
+        about, jobs = make(options, found.path, Path(folder))
         tasks = plan(jobs, options.repeats, peer)
         about |= {"repeats": options.repeats, "label": found.label, "peer": peer}
         keyed = [[t.part, t.column, t.side] for t in tasks]
@@ -55,7 +60,8 @@ def main() -> None:
         session.run(tasks, peer)
     if peer != "none":
         print("\n".join(report.ratio_lines(session, peer)))
-    print("\n".join([*report.table_lines(session), report.drift_line(session), *report.memory_lines(session)]))
+    lines = [*report.rate_lines(session), *report.table_lines(session)]
+    print("\n".join([*lines, report.drift_line(session), *report.memory_lines(session)]))
     print(f"kept in {session.file.relative_to(ROOT)}")
 
 
@@ -63,39 +69,46 @@ def arguments() -> argparse.Namespace:
     """Options; bf16 is the default where the processor multiplies it by itself."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__)
     parser.add_argument("row", choices=list(ROWS))
-    parser.add_argument("--peer", choices=["trl", "none"], default="trl")
+    parser.add_argument("--peer", choices=["trl", "hf", "none"], help="trl, or hf for generate")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["bf16", "fp32"])
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="timed steps a repeat")
     parser.add_argument("--batch", type=int, help="prompts a step")
-    parser.add_argument("--responses", type=int, help="responses a prompt (reward)")
+    parser.add_argument("--responses", type=int, help="responses a prompt (reward, generate)")
     parser.add_argument("--max-length", type=int, default=1024, help="longer rows are left out")
     options = parser.parse_args()
+    options.peer = options.peer or ("hf" if options.row == "generate" else "trl")
+    if options.peer != "none" and (options.peer == "hf") != (options.row == "generate"):
+        parser.error(f"{options.row} has no column of {options.peer}")
     options.dtype = options.dtype or ("bf16" if options.device == "cuda" or fast_bf16() else "fp32")
     options.batch = options.batch or ROWS[options.row][0]
-    options.responses = options.responses if options.row == "reward" and options.responses else ROWS[options.row][1]
+    options.responses = (
+        options.responses if options.row in ("reward", "generate") and options.responses else ROWS[options.row][1]
+    )
     return options
 
 
-def jobs_of(options: argparse.Namespace, model: str, folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+def base_of(
+    options: argparse.Namespace, model: str, data: str, rows: list[Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What every job of a session has, and what its header says; rows there without their tokens."""
+    threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or len(os.sched_getaffinity(0))
+    base = {"row": options.row, "device": options.device, "dtype": options.dtype, "threads": threads, "lr": 1e-5}
+    timed, ids = lengths(rows[options.batch :]), hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+    about = {"shape": shape_of(model)._asdict(), "data": data, "batch": options.batch, "items": timed, "ids": ids}
+    return base | {"model": model, "per_step": options.batch}, base | about
+
+
+def training_jobs(options: argparse.Namespace, model: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a session is about, and the job of each column of its parts."""
     row, peer, batch = options.row, options.peer, options.batch
     data, items = read_rows(model, options.max_length)
     items = with_responses(items, options.responses)
     dealt, ranked = choose(items, batch, options.steps)
-    threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or len(os.sched_getaffinity(0))
-    base = {"row": row, "device": options.device, "dtype": options.dtype, "threads": threads, "lr": 1e-5}
-    about = base | {
-        "shape": shape_of(model)._asdict(),
-        "data": data,
-        "batch": batch,
-        "items": lengths(dealt[batch:]),
-        "long": LONG,
-    }
-    about["ids"] = hashlib.sha256(json.dumps(dealt).encode()).hexdigest()[:16]
-    ours = base | {"model": model, "per_step": batch}
+    ours, about = base_of(options, model, data, dealt)
+    about["long"] = LONG
     theirs = ours | {"model": reward_start(model, folder) if row == "reward" and peer != "none" else model}
 
     def columns(**changes: Any) -> dict[str, Any]:
@@ -110,6 +123,22 @@ def jobs_of(options: argparse.Namespace, model: str, folder: Path) -> tuple[dict
         jobs["check"] = {"ours": ours | once, "check": theirs | once}
     if row == "dpo":
         jobs["memory"] = columns(rows=long_pair(items, LONG), per_step=1)
+    return about, jobs
+
+
+def rollout_jobs(options: argparse.Namespace, model: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same for sampling: the check takes the likeliest tokens, of short responses."""
+    data, items = read_rows(model, options.max_length)
+    rows = rollouts(items, options.batch, options.steps, options.responses, LONGEST)
+    ours, about = base_of(options, model, data, rows)
+    about["longest"] = LONGEST * options.steps
+    ours["stops"] = sorted(stop_ids(load_tokenizer(model), load_generation_config(model)))
+    columns = ["ours"] if options.peer == "none" else ["ours", "defaults", "tuned"]
+    jobs = {"repeat": {c: ours | {"rows": rows} for c in columns}}
+    if options.peer != "none":
+        short = [row | {"lengths": [min(n, 12) for n in row["lengths"]]} for row in rows[: options.batch]]
+        once = ours | {"dtype": "fp32", "rows": short, "greedy": True}
+        jobs["check"] = {"ours": once, "check": once}
     return about, jobs
 
 

@@ -22,6 +22,7 @@ keep_freed_memory()
 
 import torch  # noqa: E402
 from benchmarks.compare.measure import DTYPES, Clock, forget_peak, measured, settle  # noqa: E402
+from benchmarks.compare.rollouts import generate  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from posttrain.forest import Branch, Row  # noqa: E402
@@ -135,7 +136,8 @@ def main() -> None:
         write_reward_start(*sys.argv[2:4])
         return
     job = json.loads(Path(sys.argv[1]).read_text())
-    measured(job, lambda clock: train(job, clock))
+    make = generate if job["row"] == "generate" else train
+    measured(job, lambda clock: make(job, clock))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PACKAGES = {"trl": ["torch==2.13.0", "trl==1.16"]}
 """What is installed, one call of pip each: torch first, so that its build is the index's own choice for this machine."""
+HOSTS = {"hf": "trl"}
+"""Peers that live in another's environment."""
 
 
 def python_of(peer: str) -> Path:
@@ -17,6 +19,7 @@ def python_of(peer: str) -> Path:
     Raises:
         SystemExit: pip failed; its log is named.
     """
+    peer = HOSTS.get(peer, peer)
     folder = ROOT / ".peers" / peer
     python, stamp, log = folder / "bin" / "python", folder / "installed.txt", folder.with_suffix(".log")
     wanted = "\n".join(PACKAGES[peer])

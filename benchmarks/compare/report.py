@@ -22,6 +22,7 @@ NUMBERS = {
     },
     "sft": {"loss/total": "loss", "optim/grad_norm": "grad_norm"},
     "reward": {"loss/total": "loss", "optim/grad_norm": "grad_norm"},
+    "generate": {"tokens": "tokens", "mean id": "mean id"},
 }
 """Our names of numbers that both sides log, to the peer's."""
 
@@ -43,7 +44,8 @@ def check_lines(row: str, session: Session, peer: str) -> list[str]:
         lines.append(f"  {theirs}: " + ", then ".join(f"ours {a:.6g} {peer} {b:.6g}" for a, b in pairs))
     if not worst <= TOLERANCE:
         raise SystemExit("\n".join(["the sides do not compute the same numbers on the first batch:", *lines]))
-    return [f"same numbers on the first batch and after one update on it (fp32), within {worst:.1e}:", *lines]
+    when = "" if row == "generate" else " and after one update on it"
+    return [f"same numbers on the first batch{when} (fp32), within {worst:.1e}:", *lines]
 
 
 def kinds_of(row: str) -> tuple[str, ...]:
@@ -71,6 +73,11 @@ def operations(session: Session, result: Result, kind: str) -> float:
     """Counted operations of the timed steps of a process."""
     about = session.header
     shape, scored = Shape(**about["shape"]), about["row"] != "reward"
+    if about["row"] == "generate":
+        work = packed(about["items"])
+        if result["side"] != "ours":
+            work = padded(result["shapes"][1:])._replace(scored=sum(result["scored"][1:]))
+        return flops(shape, work, train=False)
     if result["side"] == "ours":
         work = packed(about["items"], scored=scored)
         ref = kind == "first-epoch"
@@ -84,8 +91,11 @@ def operations(session: Session, result: Result, kind: str) -> float:
 
 def limit_share(session: Session, result: Result, kind: str) -> float:
     """The share of its time that the counted work would take at the measured speed of products and copies."""
-    shape, count = Shape(**session.header["shape"]), len(result["steps"])
-    bytes_moved = count * optimiser_bytes(shape, session.header["dtype"] if result["side"] == "ours" else "fp32")
+    shape, count, dtype = Shape(**session.header["shape"]), len(result["steps"]), session.header["dtype"]
+    if session.header["row"] == "generate":  # the weights are read once for each token of the longest response
+        bytes_moved = session.header["longest"] * shape.parameters * (2 if dtype == "bf16" else 4)
+    else:
+        bytes_moved = count * optimiser_bytes(shape, dtype if result["side"] == "ours" else "fp32")
     least = operations(session, result, kind) / (rate(result) * 1e9) + bytes_moved / (rate(result, "gbs") * 1e9)
     return least / seconds(result, kind)
 
@@ -133,6 +143,15 @@ def table(session: Session) -> list[dict[str, Any]]:
                 }
             )
     return out
+
+
+def rate_lines(session: Session) -> list[str]:
+    """Tokens a second, where they are what is made."""
+    if session.header["row"] != "generate":
+        return []
+    tokens = sum(sum(i["branches"]) for i in session.header["items"])
+    found = [(c, [tokens / seconds(r, "") for r in repeats(session, c)]) for c in ("ours", "defaults", "tuned")]
+    return [f"{c}: {median(x):.1f} tokens/s ({min(x):.1f} to {max(x):.1f})" for c, x in found if x]
 
 
 def shares(results: list[Result], kind: str) -> dict[str, float]:

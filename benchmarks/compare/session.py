@@ -52,7 +52,7 @@ class Session:
                 out.write(json.dumps(record) + "\n")
             seconds = ", ".join(f"{step['total']:.1f}" for step in result["steps"])
             name = "ours" if task.side == "ours" else f"{task.side} {task.column}"
-            print(f"{task.part}, {name}: steps of {seconds} s", flush=True)
+            print(f"{task.part}, {name}: {f'steps of {seconds} s' if seconds else 'done'}", flush=True)
 
 
 def run_task(task: Task, peer: str) -> dict[str, Any]:

@@ -58,7 +58,9 @@ def length(item: Item) -> int:
 
 def lengths(items: list[Item]) -> list[Item]:
     """Rows without their tokens, as results keep them."""
-    return [{"prompt": len(i["prompt"]), "branches": [len(b) for b in i["branches"]]} for i in items]
+    return [
+        {"prompt": len(i["prompt"]), "branches": i.get("lengths") or [len(b) for b in i["branches"]]} for i in items
+    ]
 
 
 def choose(items: list[Item], per_step: int, steps: int, seed: int = 0) -> tuple[list[Item], list[Item]]:
@@ -84,6 +86,21 @@ def choose(items: list[Item], per_step: int, steps: int, seed: int = 0) -> tuple
     by_length = [item for cluster in clusters for item in cluster]
     dealt = random.Random(seed).sample(by_length, len(by_length))
     return warm + dealt, warm + by_length
+
+
+def rollouts(items: list[Item], per_step: int, steps: int, samples: int, longest: int, seed: int = 0) -> list[Item]:
+    """Prompts with ``samples`` forced lengths each: skewed, the mean 0.35 of the longest, which each batch has."""
+    draw = random.Random(seed)
+    rows = [
+        {
+            "prompt": item["prompt"],
+            "lengths": [max(1, round(longest * draw.betavariate(1, 1.857))) for _ in range(samples)],
+        }
+        for item in draw.sample(items, per_step * (steps + 1))
+    ]
+    for row in rows[::per_step]:
+        row["lengths"][0] = longest
+    return rows
 
 
 def long_pair(items: list[Item], total: int) -> list[Item]:

@@ -1,0 +1,77 @@
+"""Our side of the row ``generate``: samples of forced lengths from the in-process engine, groups sharing their prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from benchmarks.compare.measure import DTYPES, Clock
+
+from posttrain.models import lora as adapters
+from posttrain.models.load import load_policy
+from posttrain.rollout.engine import Request, Rollout, Sampling
+from posttrain.rollout.local import LocalEngine, _Decoder
+
+FILL = 5
+"""The token written where a stop token was drawn too early; the peer's script writes the same."""
+
+
+class _Forced(_Decoder):
+    """Ends each sequence at its own length, whatever was drawn there."""
+
+    lengths: Sequence[int]
+
+    def _sample(self, states: torch.Tensor, slots: list[Any]) -> None:
+        super()._sample(states, slots)
+        for slot in slots:
+            if len(slot.ids) == self.lengths[slot.index]:
+                slot.ids[-1] = min(self.engine.stop_ids)
+            elif slot.ids[-1] in self.engine.stop_ids:
+                slot.ids[-1] = FILL
+
+
+@dataclass
+class ForcedEngine(LocalEngine):
+    """The in-process engine with a length for each request."""
+
+    lengths: Sequence[int] = field(default_factory=list)
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, on_done: Callable[[int], None] | None = None
+    ) -> list[Rollout]:
+        """As the engine does, with forced ends."""
+        from collections import deque
+
+        order = sorted(range(len(requests)), key=lambda i: (requests[i].ids, i))
+        with torch.no_grad(), adapters.merged(self.model.net, self.model.adapter):
+            decoder = _Forced(self, requests, sampling, deque(order), on_done)
+            decoder.lengths = self.lengths
+            return decoder.run()
+
+
+def generate(job: dict[str, Any], clock: Clock) -> dict[str, Any]:
+    """Sample the job's batches, one a step; returns a checksum of each batch's tokens, and bytes of the weights."""
+    model = load_policy(job["model"], dtype=DTYPES[job["dtype"]])
+    model.net.to(job["device"])
+    greedy = job["column"] == "ours" and job.get("greedy", False)
+    numbers: list[dict[str, float]] = []
+    size = job["per_step"]
+    clock.start()
+    for start in range(0, len(job["rows"]), size):
+        rows = job["rows"][start : start + size]
+        requests = [
+            Request(tuple(row["prompt"]), (start, k, g))
+            for k, row in enumerate(rows)
+            for g in range(len(row["lengths"]))
+        ]
+        lengths = [n for row in rows for n in row["lengths"]]
+        engine = ForcedEngine(model, frozenset(job["stops"]), lengths=lengths)
+        sampling = Sampling(max_new_tokens=max(lengths), temperature=0.0 if greedy else 1.0)
+        rollouts = engine.generate(requests, sampling)
+        clock.stop()
+        ids = [i for r in rollouts for i in r.ids]
+        numbers.append({"tokens": len(ids), "mean id": sum(ids) / len(ids)})
+    held = sum(p.numel() * p.element_size() for p in model.net.parameters())
+    return {"numbers": numbers, "held": held}
