@@ -133,7 +133,7 @@ def library_run(nets, directory: Path, steps: int, updates: int, max_tokens: int
         console=Console(file=StringIO()),
     )
     optim = Optim(lr=LR, role_lr={"value": VALUE_LR}, warmup_steps=WARMUP)
-    fit(roles, PolicyGradient(loss=partial(ppo_clip, clip=0.2), clip=0.2), source, optim=optim, run=run)
+    fit(roles, PolicyGradient(loss=partial(ppo_clip, clip=0.2)), source, optim=optim, run=run)
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return roles, source.batches, lines
 

@@ -44,8 +44,8 @@ class Registry(Mapping[str, Any]):
         return add
 
     def facts(self, item: str | Callable[..., Any]) -> Mapping[str, Any]:
-        """What was stated of a name or a function when it was registered; nothing of a function that was not."""
-        function = self[item] if isinstance(item, str) else item
+        """What was stated of a name or a function (or a partial of it) when it was registered; nothing of one that was not."""
+        function = self[item] if isinstance(item, str) else getattr(item, "func", item)
         return next((facts for name, facts in self._facts.items() if self._items[name] is function), dict[str, Any]())
 
     def bound(self, item: str | Callable[..., Any], options: Mapping[str, float]) -> Callable[..., Any]:
@@ -129,5 +129,6 @@ METHODS = Registry(
         "reward": "posttrain.recipes.methods:reward",
         "sft": "posttrain.recipes.methods:sft",
     },
+        "grpo": "posttrain.recipes.policy:grpo",
 )
 """What ``posttrain train`` takes: recipes of one stage."""

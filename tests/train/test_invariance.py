@@ -218,7 +218,7 @@ def test_policy_and_value_terms_by_hand():
 
 def test_without_a_critic_the_value_is_neither_read_nor_trained():
     models, _, batch = policy_gradient()
-    objective = PolicyGradient(loss=partial(ppo_clip, clip=0.1), clip=0.1, critic=False)
+    objective = PolicyGradient(loss=partial(ppo_clip, clip=0.1), critic=False)
     assert set(objective.reads) == {"policy"}
     found, grads, _ = gradients(models, objective, batch, 30)
     assert "loss/value" not in found and not any(key.startswith("value/") for key in grads)

@@ -52,7 +52,7 @@ def test_advantages_by_hand_and_abstentions_leave_no_trace(reward):
     mask, branch = batch.forest.masks["sampled"], batch.forest.branch
     kept = [b for b in range(8) if reward is score or b % 3]
     assert mask.tolist() == [b in kept for b in branch.tolist()]
-    assert batch.counts == {"tokens": float(mask.sum())}
+    assert batch.counts == {"tokens": float(mask.sum()), "branches": float(len(kept))}
     raw, returns = by_hand(batch, kept, batch.branches["reward"].tolist(), 0.1)
     inside = [x for x, on in zip(raw, mask.tolist(), strict=True) if on]
     mean = sum(inside) / len(inside)

@@ -10,24 +10,36 @@ from torch import Tensor
 from posttrain.registry import Registry
 
 policy_losses = Registry("policy loss")
+"""Every loss; the fact ``needs`` names what it reads beside the policy's own numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenTerms:
     """What a policy loss reads, every field of one shape; log-probabilities in nats.
 
-    ``logp`` under the policy being trained, ``old_logp`` under the one that sampled; ``mask`` marks sampled tokens.
+    ``logp`` under the policy being trained, ``old_logp`` under the one that sampled, ``ref_logp`` under the reference (None
+    where there is none); ``mask`` marks sampled tokens. ``log_ratio`` is that of the algorithm's level
+    (`posttrain.losses.ratios`); None = the token's own.
     """
 
     logp: Tensor
     old_logp: Tensor
     advantage: Tensor
     mask: Tensor
+    ref_logp: Tensor | None = None
+    log_ratio: Tensor | None = None
 
 
 def ratio(terms: TokenTerms) -> Tensor:
     """``exp(logp - old_logp)``, the difference clamped to +-20 nats so that a stray token can't overflow."""
-    return (terms.logp - terms.old_logp).clamp(-20, 20).exp()
+    difference = terms.logp - terms.old_logp if terms.log_ratio is None else terms.log_ratio
+    return difference.clamp(-20, 20).exp()
+
+
+def _pessimistic(terms: TokenTerms, low: float, high: float) -> Tensor:
+    """The larger of the surrogate's loss and the same with the ratio kept within ``[1 - low, 1 + high]``."""
+    rho = ratio(terms)
+    return torch.maximum(-terms.advantage * rho, -terms.advantage * rho.clamp(1 - low, 1 + high))
 
 
 @policy_losses.register("ppo_clip")
@@ -36,14 +48,7 @@ def ppo_clip(terms: TokenTerms, *, clip: float = 0.2) -> Tensor:
 
     Source: Schulman et al. 2017 (PPO), eq. 7, as a loss.
     """
-    rho = ratio(terms)
-    return torch.maximum(-terms.advantage * rho, -terms.advantage * rho.clamp(1 - clip, 1 + clip))
-
-
-def clipped(terms: TokenTerms, *, clip: float = 0.2) -> Tensor:
-    """Where the clipped branch is the larger one, so that the token has no gradient; bool."""
-    rho = ratio(terms)
-    return -terms.advantage * rho.clamp(1 - clip, 1 + clip) > -terms.advantage * rho
+    return _pessimistic(terms, clip, clip)
 
 
 def value_clip(value: Tensor, old_value: Tensor, returns: Tensor, *, clip: float = 0.2) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from posttrain.errors import ConfigError
 from posttrain.stages.base import PARAMETERS, TOKENS_A_ROW, History, Overlong, Plan, Stage
+from posttrain.train.algorithms import Algorithm, check_penalty, find_algorithm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,10 +181,12 @@ class Prefer(Training):
 
 @dataclass(frozen=True, kw_only=True)
 class Reinforce(Training):
-    """PPO against a reward model, with a KL penalty to the start (Ouyang et al. 2022, section 3.5 and appendix C.4).
+    """Policy gradients against a reward model; sizes are InstructGPT's (Ouyang et al. 2022, section 3.5 and appendix C.4).
 
-    ``reward`` is a `TrainReward` stage, or the directory that one wrote. ``kl`` is the penalty's coefficient, ``lr`` the
-    policy's and ``value_lr`` the critic's learning rate. The critic starts
+    ``algorithm`` is a row of `posttrain.train.algorithms`, ``options`` keyword arguments of its loss (``clip`` is one of
+    PPO's). ``penalty`` is where the KL to the start stands and which estimator of it, ``kl`` its coefficient; None: the
+    algorithm's own. ``reward`` is a `TrainReward` stage, or the directory that one wrote. ``lr`` is the policy's and
+    ``value_lr`` the critic's learning rate. The critic, where the algorithm has one, starts
     as the reward model; with ``value_rank`` 0 and adapters elsewhere only its head is trained. A response cut by length
     scores ``cut_score``. Where the KL of a rollout exceeds ``max_kl`` (nats a sequence) the stage stops, says why, and keeps
     the last checkpoint below it. Writes the policy (an adapter for peft, or a model directory).
@@ -207,8 +210,8 @@ class Reinforce(Training):
     updates_per_rollout: int = 8
     max_new_tokens: int = 128
     temperature: float = 1.0
-    kl: float = 0.02
-    clip: float = 0.2
+    kl: float | None = None
+    clip: float | None = None
     value_clip: float = 0.2
     gamma: float = 1.0
     lam: float = 0.95
@@ -220,6 +223,9 @@ class Reinforce(Training):
     def __post_init__(self) -> None:
         """Refuse values that would fail late."""
         super().__post_init__()
+    algorithm: str = "ppo"
+    options: dict[str, float] = field(default_factory=dict[str, float])
+    penalty: str | None = None
         if self.prompts_per_step % self.updates_per_rollout or self.steps % self.updates_per_rollout:
             raise ConfigError(
                 f"got updates_per_rollout={self.updates_per_rollout} with prompts_per_step={self.prompts_per_step} and "
@@ -234,3 +240,34 @@ class Reinforce(Training):
         critic = 2.0 if self.lora_rank and not self.value_rank else 4.4
         flops = self.step_flops(tokens) + (2 * 3 + critic) * PARAMETERS * tokens
         return Plan(rows=samples, tokens=tokens, flops=flops, memory=2 * self.weights() + 2e9)
+        row = self.row()
+        if "groups" in row.needs and self.samples_per_prompt < 2:
+            raise ConfigError(
+                f"{self.algorithm} compares the responses to one prompt: got samples_per_prompt={self.samples_per_prompt}, "
+                "expected at least 2"
+            )
+
+    def row(self) -> Algorithm:
+        """The algorithm with what this stage changes of it: penalty, its coefficient, options of the loss.
+
+        Raises:
+            ConfigError: a penalty that can't be, or a coefficient without a penalty.
+        """
+        row = find_algorithm(self.algorithm)
+        penalty = row.penalty if self.penalty is None else self.penalty
+        check_penalty(penalty)
+        if penalty == "none" and self.kl:
+            raise ConfigError(
+                f"got kl={self.kl:g} but {self.algorithm} has no KL penalty; give one, such as penalty='loss:k2', or kl 0"
+            )
+        kl = row.numbers.get("kl", 0.0) if self.kl is None else self.kl
+        options = {**row.options, **self.options} | ({} if self.clip is None else {"clip": self.clip})
+        return replace(row, penalty=penalty, numbers={**row.numbers, "kl": kl}, options=options)
+
+    def check(self) -> None:
+        """Also refuse an option that the algorithm's loss does not have."""
+        from posttrain.losses.policy import policy_losses
+
+        row = self.row()
+        policy_losses.bound(row.loss, row.options)
+        super().check()

@@ -30,7 +30,10 @@ METRICS: dict[str, Metric] = {
     "loss/unpaired": Metric("a response", "mean over rows, by weight, of the loss of a labelled response"),
     "loss/listwise": Metric("a prompt", "mean over prompts, by weight, of the loss of their scored responses"),
     "loss/valued": Metric("a response", "mean over rows, by weight, of the loss of a response with a reward"),
-    "loss/policy": Metric("a token", "mean over sampled tokens of the clipped surrogate"),
+    "loss/policy": Metric(
+        "1", "mean of the algorithm's loss over sampled tokens or responses of the step, as it aggregates"
+    ),
+    "loss/kl": Metric("nats a token", "mean of the estimated KL to the reference, aggregated as loss/policy is"),
     "loss/value": Metric("reward^2", "mean over sampled tokens of the clipped value loss"),
     "accuracy/pairs": Metric("share", "pairs of the step ordered right, ties one half; prompts count equally"),
     "score/mean": Metric("reward", "mean score of the step's responses"),
@@ -59,7 +62,7 @@ METRICS: dict[str, Metric] = {
         "data, an estimate of KL(reference || policy) as far as the reference could have written them",
     ),
     "policy/entropy": Metric("nats a token", "mean over sampled tokens of -log pi(y_t) under the sampler"),
-    "policy/clipped": Metric("share", "sampled tokens whose clipped branch is the larger"),
+    "policy/clipped": Metric("share", "sampled tokens whose advantage has no gradient because their ratio is clipped"),
     "policy/ratio_error": Metric("ratio", "mean over sampled tokens of |ratio - 1|"),
     "value/error": Metric("reward^2", "mean over rows, by weight, of (reward - value)^2"),
     "value/explained": Metric("share", "1 - var(return - value) / var(return) over sampled tokens, before updates"),
@@ -72,6 +75,7 @@ METRICS: dict[str, Metric] = {
         "nats a sequence", "the part of kl/mean that stands on tokens after a stop token; 0 where sampling ends there"
     ),
     "groups/flat": Metric("share", "prompts whose sampled responses all have one reward"),
+    "groups/dropped": Metric("share", "prompts left out because too few of their responses have a score"),
     "groups/identical": Metric("share", "prompts whose sampled responses are all the same"),
     "step/skipped": Metric("steps", "1 where the step was skipped because something was not finite"),
     "optim/lr": Metric("1", "learning rate of the step"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from posttrain.errors import CheckError, ConfigError, RewardError
 from posttrain.forest import Batch, Branch, Row, build_forest, split, take
-from posttrain.losses.advantages import gae, token_reward
+from posttrain.losses.advantages import Returns, gae, token_reward, whitened_gae
 from posttrain.models.policy import Model, forward_stats
 from posttrain.ops.masked import masked_mean, segment_sum, to_padded, whiten
 from posttrain.rewards.base import BadScore, Completion, Reward, Score, require_finite
@@ -34,7 +35,8 @@ class Plan:
         updates: optimiser steps on each rollout, over equal shares of its prompts.
         sampling: how responses are drawn.
         kl: coefficient of the KL penalty in the reward.
-        gamma, lam: discount and GAE's lambda.
+        gamma, lam: discount and lambda of the returns that the critic learns, and of GAE.
+        least: responses with a score that a prompt needs, 2 where they are compared; a prompt with fewer is left out and counted.
         whiten_rewards: scale token rewards to variance 1 over the rollout, without moving their mean.
         cut_score: score of a response that ended by length, instead of the reward's; None keeps the reward's.
         seed: of prompts' order and of draws.
@@ -48,6 +50,7 @@ class Plan:
     kl: float
     gamma: float = 1.0
     lam: float = 0.95
+    least: int = 1
     whiten_rewards: bool = False
     cut_score: float | None = None
     seed: int = 0
@@ -59,6 +62,10 @@ class Plan:
             raise ConfigError(
                 f"got {self.prompts} prompts, {self.samples} samples, {self.updates} updates a rollout; expected at least 1 of "
                 "each and no more updates than prompts"
+            )
+        if self.samples < self.least:
+            raise ConfigError(
+                f"got {self.samples} samples a prompt; expected at least {self.least}: the advantage compares the responses to one prompt"
             )
         s = self.sampling
         if s.temperature == 0 or s.top_k is not None or s.top_p < 1:
@@ -72,7 +79,8 @@ class Plan:
 class RolloutSource:
     """Fresh samples of the policy every ``plan.updates`` steps, with everything a policy-gradient loss reads.
 
-    ``value`` None = no critic: advantages are then returns-to-go. ``on_samples`` receives what ``samples.jsonl`` keeps.
+    ``advantage`` is an estimator (`posttrain.losses.advantages`), None = GAE by the plan's numbers. ``value`` None = no
+    critic. ``on_samples`` receives what ``samples.jsonl`` keeps.
     ``journal`` keeps rollouts, scores and values before they are used, so that a run goes on from any step; one without a
     directory keeps nothing, and a run then goes on from between rollouts only.
     """
@@ -85,6 +93,7 @@ class RolloutSource:
     reference: Model
     value: Model | None
     decode: Callable[[Sequence[int]], str]
+    advantage: Callable[[Returns], Tensor] | None = None
     on_samples: Callable[[int, list[dict[str, Any]]], None] = lambda step, samples: None
     journal: Journal = field(default_factory=Journal)
     _tried: int | None = None  # the step at which the newest rollout began
@@ -231,15 +240,18 @@ class RolloutSource:
         return [cut if c.truncated and cut is not None else v for c, v in zip(completions, values, strict=True)]
 
     def _advantages(self, step: int, which: str, rollouts: Sequence[Rollout], scores: Sequence[float | None]) -> Batch:
-        """The rollout as one batch with log-probabilities, values, returns and whitened advantages a token.
+        """The rollout as one batch with log-probabilities, values, returns and advantages a token.
 
-        Responses without a score are masked out: they enter no mean, no whitening and no loss.
+        Responses without a score, and prompts with too few that have one, are masked out: they enter no mean, no whitening
+        and no loss.
         """
-        plan = self.plan
+        plan, dropped = self.plan, 0
         rows: list[Row] = []
         for start in range(0, len(rollouts), plan.samples):
             members = rollouts[start : start + plan.samples]
             marks = [scores[start + k] is not None for k in range(len(members))]
+            if sum(marks) < plan.least:
+                marks, dropped = [False] * len(members), dropped + 1
             branches = [
                 Branch(r.ids, {"sampled": [m] * len(r.ids)}, r.truncated) for r, m in zip(members, marks, strict=True)
             ]
@@ -258,15 +270,20 @@ class RolloutSource:
         reward = token_reward(score, columns["old"], columns["ref"], on, kl=plan.kl)
         if plan.whiten_rewards:
             reward = whiten(reward, on, shift=False)
-        advantage, returns = gae(reward, columns["value"], on, gamma=plan.gamma, lam=plan.lam)
+        values = columns["value"] if self.value is not None else None
+        given = Returns(score=score, reward=reward, mask=on, group=forest.group, values=values)
+        advantage = self.advantage or partial(whitened_gae, gamma=plan.gamma, lam=plan.lam)
+        _, returns = gae(reward, columns["value"], on, gamma=plan.gamma, lam=plan.lam)
         tokens = {
             "old_logp": old,
             "ref_logp": ref,
-            "advantage": whiten(advantage, on)[real],
+            "advantage": advantage(given)[real],
             "return": returns[real],
             "old_value": value,
         }
         self._metrics = _rollout_metrics(rollouts, scores, forest.branch, keep, tokens)
+        if plan.least > 1:
+            self._metrics["groups/dropped"] = dropped / len(rows)
         self._metrics |= signs(
             batch, rollouts, scores, plan.samples, tokens, getattr(self.engine, "stop_ids", frozenset())
         )
@@ -310,8 +327,9 @@ def _updates(batch: Batch, updates: int) -> list[Batch]:
     out: list[Batch] = []
     for part in range(updates):
         piece = take(batch, trees[part::updates])
-        tokens = float(piece.forest.masks["sampled"].sum())
-        out.append(Batch(piece.forest, piece.tokens, piece.branches, {"tokens": max(tokens, 1.0)}))
+        sampled = piece.forest.masks["sampled"]
+        counts = {"tokens": int(sampled.sum()), "branches": len(piece.forest.branch[sampled].unique())}
+        out.append(Batch(piece.forest, piece.tokens, piece.branches, {k: float(max(n, 1)) for k, n in counts.items()}))
     return out
 
 

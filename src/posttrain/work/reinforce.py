@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from posttrain.data.collate import prompt_ids
-from posttrain.losses.policy import ppo_clip
 from posttrain.models.load import load_policy, load_reward, save_merged, value_role
 from posttrain.models.lora import Lora, save_adapter
 from posttrain.models.policy import Model
@@ -24,8 +22,8 @@ from posttrain.train.diagnose import Watch, evidence_of
 from posttrain.train.journal import Journal
 from posttrain.train.log import JsonLines
 from posttrain.train.loop import fit
-from posttrain.train.objectives import PolicyGradient
 from posttrain.train.optim import Optim
+from posttrain.train.policy_gradient import estimator, policy_gradient
 from posttrain.train.rollouts import Plan, RolloutSource
 from posttrain.work.inputs import choose_dtype, load_examples, refuse_weights, stage_dir, start_from
 from posttrain.work.supervised import adapters, training_run
@@ -40,7 +38,7 @@ def run(stage: Reinforce, ctx: Context) -> None:
     judge = stage_dir(stage.reward, ctx, "reward")
     scorer = load_reward(str(judge), dtype=dtype)
     mean = json.loads((judge / "reward.json").read_text())["mean"]
-    value = critic(stage, scorer, ctx, dtype)
+    value = critic(stage, scorer, ctx, dtype) if "critic" in stage.row().needs else None
     examples = load_examples(stage, ctx, "prompts")
     refuse_weights(examples, "reinforcement learning")
     ids, report = prompt_ids(start.tokenizer, examples, max_length=stage.max_length, overlong=stage.overlong)
@@ -54,13 +52,13 @@ def run(stage: Reinforce, ctx: Context) -> None:
         reward=reward_model(scorer, mean=mean, max_tokens=2 * stage.max_tokens),
         reference=reference,
         value=value,
+        advantage=estimator(stage.row(), gamma=stage.gamma, lam=stage.lam),
         decode=start.decode,
         on_samples=samples.write,
         journal=Journal(ctx.dir / "journal"),
     )
-    objective = PolicyGradient(
-        loss=partial(ppo_clip, clip=stage.clip),
-        clip=stage.clip,
+    objective = policy_gradient(
+        stage.row(),
         value_clip=stage.value_clip,
         temperature=stage.temperature,
         # bf16 rounds the logits of sampler and trainer apart; the ratio stays right, being taken to the sampler's own
@@ -76,7 +74,8 @@ def run(stage: Reinforce, ctx: Context) -> None:
     if stage.max_kl is not None:  # the last checkpoint that was measured is one of those before the newest rollout
         run = replace(run, keep=max(run.keep, 1 + math.ceil(stage.updates_per_rollout / run.save_every)))
     with Watch(ctx.dir, ctx.console, stage.max_kl, evidence_of(policy, reference, ids[0])) as watch:
-        fit({"policy": policy, "value": value}, objective, source, optim=optim, run=run, hooks=[watch])
+        roles = {"policy": policy} | ({} if value is None else {"value": value})
+        fit(roles, objective, source, optim=optim, run=run, hooks=[watch])
     save(policy, stage, start.path, ctx.dir, start.tokenizer)
 
 
@@ -95,12 +94,14 @@ def critic(stage: Reinforce, scorer: Model, ctx: Context, dtype: torch.dtype) ->
 
 def plan(stage: Reinforce, seed: int) -> Plan:
     """The stage's numbers as a rollout plan."""
+    row = stage.row()
     return Plan(
         prompts=stage.prompts_per_step,
         samples=stage.samples_per_prompt,
         updates=stage.updates_per_rollout,
         sampling=Sampling(max_new_tokens=stage.max_new_tokens, temperature=stage.temperature),
-        kl=stage.kl,
+        kl=row.numbers["kl"] if row.penalty.startswith("reward") else 0.0,
+        least=2 if "groups" in row.needs else 1,
         gamma=stage.gamma,
         lam=stage.lam,
         whiten_rewards=stage.whiten_rewards,
