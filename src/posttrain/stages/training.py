@@ -199,6 +199,9 @@ class Reinforce(Training):
         "updates_per_rollout": 1, "max_new_tokens": 32,
     }  # fmt: skip
     reward: Stage | str
+    algorithm: str = "ppo"
+    options: dict[str, float] = field(default_factory=dict[str, float])
+    penalty: str | None = None
     lr: float = 9e-6
     schedule: str = "constant"
     warmup_steps: int = 10
@@ -223,23 +226,11 @@ class Reinforce(Training):
     def __post_init__(self) -> None:
         """Refuse values that would fail late."""
         super().__post_init__()
-    algorithm: str = "ppo"
-    options: dict[str, float] = field(default_factory=dict[str, float])
-    penalty: str | None = None
         if self.prompts_per_step % self.updates_per_rollout or self.steps % self.updates_per_rollout:
             raise ConfigError(
                 f"got updates_per_rollout={self.updates_per_rollout} with prompts_per_step={self.prompts_per_step} and "
                 f"steps={self.steps}; expected it to divide both"
             )
-
-    def plan(self) -> Plan:
-        """Sampling, three forward passes and training for every response."""
-        rollouts = self.steps // self.updates_per_rollout
-        samples = rollouts * self.prompts_per_step * self.samples_per_prompt
-        tokens = int(samples * (50 / self.samples_per_prompt + 0.7 * self.max_new_tokens))
-        critic = 2.0 if self.lora_rank and not self.value_rank else 4.4
-        flops = self.step_flops(tokens) + (2 * 3 + critic) * PARAMETERS * tokens
-        return Plan(rows=samples, tokens=tokens, flops=flops, memory=2 * self.weights() + 2e9)
         row = self.row()
         if "groups" in row.needs and self.samples_per_prompt < 2:
             raise ConfigError(
@@ -271,3 +262,12 @@ class Reinforce(Training):
         row = self.row()
         policy_losses.bound(row.loss, row.options)
         super().check()
+
+    def plan(self) -> Plan:
+        """Sampling, three forward passes and training for every response."""
+        rollouts = self.steps // self.updates_per_rollout
+        samples = rollouts * self.prompts_per_step * self.samples_per_prompt
+        tokens = int(samples * (50 / self.samples_per_prompt + 0.7 * self.max_new_tokens))
+        critic = 2.0 if self.lora_rank and not self.value_rank else 4.4
+        flops = self.step_flops(tokens) + (2 * 3 + critic) * PARAMETERS * tokens
+        return Plan(rows=samples, tokens=tokens, flops=flops, memory=2 * self.weights() + 2e9)
