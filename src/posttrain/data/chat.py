@@ -198,7 +198,7 @@ def _turn(tokenizer: PreTrainedTokenizerBase, layout: Layout, m: int, message: M
     if trains(message):
         if start is None:
             raise _rewrites(m)
-        opening = layout.text[start:low] if any(start <= c.start < low for c in layout.controls) else ""
+        opening = layout.text[start:low] if _first_control(layout, start, low) else ""
         if opening := opening or (_unprompted(tokenizer, template_key(tokenizer)) if low == start else ""):
             raise ModelError(
                 f"the chat template has no generation prompt: it writes {opening!r} between a "
@@ -228,10 +228,16 @@ def _closing(tokenizer: PreTrainedTokenizerBase, layout: Layout, m: int) -> Foun
     content = layout.contents[m]
     if content is None:
         return None
-    high = content[1]
-    others = (c[0] for k, c in enumerate(layout.contents) if c and k != m and c[0] >= high)
-    limit = min(others, default=len(layout.text))
-    return next((c for c in layout.controls if high <= c.start < limit), None)
+    low, high = content
+    following = bisect.bisect_left(layout.edges, high) + (low == high)  # an empty content starts there itself
+    limit = layout.edges[following] if following < len(layout.edges) else len(layout.text)
+    return _first_control(layout, high, limit)
+
+
+def _first_control(layout: Layout, low: int, high: int) -> Found | None:
+    """The first control token that starts in ``low .. high``, both in characters."""
+    place = bisect.bisect_left(layout.controls, low, key=operator.attrgetter("start"))
+    return layout.controls[place] if place < len(layout.controls) and layout.controls[place].start < high else None
 
 
 def _rewrites(m: int) -> ModelError:

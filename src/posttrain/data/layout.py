@@ -7,18 +7,22 @@ renderings as they are; such a turn lies between where its sampling starts and t
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import json
+import operator
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from posttrain.data.causal import MARK, NEAR, marked
 from posttrain.data.control import Coder, Found, find_controls, make_coder
 from posttrain.data.template import (
     Talk,
     Tools,
     check_tools,
     make_talk,
+    marker_places,
     markers,
     template_key,
     tool_text,
@@ -53,7 +57,7 @@ class Layout(NamedTuple):
     """Rendered text, its control tokens, each message's content in it, and where each assistant turn's sampling starts.
 
     A turn that the template writes in its own way has all that is sampled as its content, up to its stop token; None
-    if it can't be told from the rest.
+    if it can't be told from the rest. ``edges`` are the places where contents start, in order.
     """
 
     text: str
@@ -61,6 +65,7 @@ class Layout(NamedTuple):
     controls: list[Found]
     contents: list[tuple[int, int] | None]
     starts: list[int | None]
+    edges: list[int]
 
 
 class _AlteredError(Exception):
@@ -127,7 +132,8 @@ def _lay_out(
         free = rewritten and not trains(messages[m])
         if not free and not _says(text, contents[m], messages[m]):
             raise _AlteredError(m)
-    return Layout(text, coder, controls, contents, starts)
+    edges = sorted(content[0] for content in contents if content is not None)
+    return Layout(text, coder, controls, contents, starts, edges)
 
 
 def trains(message: Message) -> bool:
@@ -206,24 +212,28 @@ def _scaffold(tokenizer: PreTrainedTokenizerBase, key: object, talk: Talk, gener
     marks = markers(talk)
     text = write(tokenizer, talk, marks, generation_prompt)
     shown = [m for m, own in enumerate(talk.fixed) if own is None]
+    places = marker_places(text)
     for m in shown:
-        if (count := text.count(marks[m])) != 1:
+        if (count := len(places.get(m, ()))) != 1:
             raise ModelError(
                 f"the chat template writes the content of message {m} ({talk.roles[m]}) {count} times, expected "
                 "once; use a template that keeps every message, or leave that turn out"
             )
-    order = tuple(sorted(shown, key=lambda m: text.index(marks[m])))
+    order = tuple(sorted(shown, key=lambda m: places[m]))
     hidden = text
     if talk.data or len(shown) < len(talk.fixed):
         hidden = write_guarded(tokenizer, talk, text, generation_prompt, coder_for(tokenizer, bool(talk.data)))
-    bounds = [(0, 0), *((text.index(marks[m]), text.index(marks[m]) + len(marks[m])) for m in order)]
+    bounds = [(0, 0), *((places[m][0], places[m][0] + len(marks[m])) for m in order)]
     bounds.append((len(text), len(text)))
     edges = [(a[1], b[0]) for a, b in itertools.pairwise(bounds)]
     starts: list[tuple[int, int] | None] = []
+    known = _known_starts(tokenizer, talk, marks, text, generation_prompt)
     for m in range(len(talk.roles)):
-        at = _start(tokenizer, talk, marks, text, m)
-        place = None if at is None else max(i for i, edge in enumerate(edges) if edge[0] <= at)
-        starts.append(None if at is None or place is None else (place, edges[place][1] - at))
+        at = known[m] if m in known else _start(tokenizer, talk, marks, text, m)
+        if at is not None and talk.fixed[m] is None and at > places[m][0]:
+            at = None
+        place = -1 if at is None else bisect.bisect_right(edges, at, key=operator.itemgetter(0)) - 1
+        starts.append(None if at is None else (place, edges[place][1] - at))
     return Scaffold(tuple(text[a:b] for a, b in edges), tuple(hidden[a:b] for a, b in edges), order, tuple(starts))
 
 
@@ -232,15 +242,35 @@ cached_scaffold = lru_cache(maxsize=1024)(_scaffold)
 
 
 def _start(tokenizer: PreTrainedTokenizerBase, talk: Talk, marks: list[str], text: str, m: int) -> int | None:
-    """The end of the generation prompt before message m; see `Scaffold`."""
+    """The end of the generation prompt before message m, by rendering what stands before it; see `Scaffold`."""
     if talk.roles[m] != "assistant" or m == 0:
         return None
     try:
         before = write(tokenizer, talk.head(m), marks[:m], True)
     except ModelError:
         return None
-    fits = text.startswith(before) and (talk.fixed[m] is not None or len(before) <= text.index(marks[m]))
-    return len(before) if fits else None
+    return len(before) if text.startswith(before) else None
+
+
+def _known_starts(
+    tokenizer: PreTrainedTokenizerBase, talk: Talk, marks: list[str], text: str, generation_prompt: bool
+) -> dict[int, int | None]:
+    """What `_start` returns for messages from `NEAR` on, from two renderings where the template is proved `causal`."""
+    template = tokenizer.chat_template
+    ways = marked(template) if isinstance(template, str) and len(talk.roles) > NEAR else ()
+    for way in ways:
+        parts = write(tokenizer, talk, marks, generation_prompt, way).split(MARK)
+        turns = len(parts) - 1
+        if "".join(parts) != text or turns < len(talk.roles) - NEAR + 1:
+            continue
+        other = write(tokenizer, talk, marks, not generation_prompt)
+        prompt = max(text, other, key=len).removeprefix(min(text, other, key=len))
+        ends = list(itertools.accumulate(map(len, parts)))[:turns][-(len(talk.roles) - NEAR) :]
+        return {
+            m: end + len(prompt) if role == "assistant" and text.startswith(prompt, end) else None
+            for m, role, end in zip(range(NEAR, len(talk.roles)), talk.roles[NEAR:], ends, strict=True)
+        }
+    return {}
 
 
 def roles_only(*roles: str) -> Talk:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 Tools = Sequence[Mapping[str, Any]]
 """JSON schemas of the functions that a conversation offers, as a template takes them."""
 
+_MARKER = re.compile(r"Zq(\d+)x7Content\1x7qZ")
 _PRIVATE = 0x100000  # private plane: a character of the basic plane has its stand-in there
 
 
@@ -109,8 +111,14 @@ def _call(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, **entry} if call.id else entry
 
 
-def write(tokenizer: PreTrainedTokenizerBase, talk: Talk, contents: Sequence[str], generation_prompt: bool) -> str:
-    """Render a conversation as text; ``contents`` stand where ``talk.fixed`` is None.
+def write(
+    tokenizer: PreTrainedTokenizerBase,
+    talk: Talk,
+    contents: Sequence[str],
+    generation_prompt: bool,
+    template: str | None = None,
+) -> str:
+    """Render a conversation as text, by another template if given; ``contents`` stand where ``talk.fixed`` is None.
 
     Raises:
         ModelError: no template, or one that refuses the conversation.
@@ -128,7 +136,7 @@ def write(tokenizer: PreTrainedTokenizerBase, talk: Talk, contents: Sequence[str
     for turn, extra in zip(turns, data["turns"], strict=False):
         turn.update(extra)
     try:
-        return _apply(tokenizer, turns, data["tools"], generation_prompt)
+        return _apply(tokenizer, turns, data["tools"], generation_prompt, template)
     except TypeError as error:
         # Some templates join the arguments to text, as they come from an API: a string of JSON.
         calls = [call["function"] for turn in turns for call in turn.get("tool_calls", ())]
@@ -139,18 +147,23 @@ def write(tokenizer: PreTrainedTokenizerBase, talk: Talk, contents: Sequence[str
     except TemplateError as error:
         raise _refusal(talk, error) from error
     try:
-        return _apply(tokenizer, turns, data["tools"], generation_prompt)
+        return _apply(tokenizer, turns, data["tools"], generation_prompt, template)
     except (TemplateError, TypeError) as error:
         raise _refusal(talk, error) from error
 
 
 def _apply(
-    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]], tools: list[Any], generation_prompt: bool
+    tokenizer: PreTrainedTokenizerBase,
+    turns: list[dict[str, Any]],
+    tools: list[Any],
+    generation_prompt: bool,
+    template: str | None,
 ) -> str:
     return str(
         tokenizer.apply_chat_template(
             turns,  # pyright: ignore[reportArgumentType]
             tools=tools or None,
+            chat_template=template,
             tokenize=False,
             add_generation_prompt=generation_prompt,
         )
@@ -175,6 +188,14 @@ def template_key(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, ...]:
 def markers(talk: Talk) -> list[str]:
     """A text for each content that no template writes by itself."""
     return [f"Zq{m}x7Content{m}x7qZ" for m in range(len(talk.roles))]
+
+
+def marker_places(text: str) -> dict[int, list[int]]:
+    """Return where each message's marker stands in a text, by message."""
+    found: dict[int, list[int]] = {}
+    for mark in _MARKER.finditer(text):
+        found.setdefault(int(mark[1]), []).append(mark.start())
+    return found
 
 
 def write_guarded(
