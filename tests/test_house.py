@@ -29,7 +29,21 @@ FLOORS = [
     [{"rewards"}],
     [{"train"}, {"evals"}],
     [{"stages", "work"}, {"feedback"}],
-    [{"runner", "graph", "doctor", "manifest", "run_numbers", "run_diff", "rerun", "sweep", "replay", "ranks"}],
+    [
+        {
+            "runner",
+            "forecast",
+            "graph",
+            "doctor",
+            "manifest",
+            "run_numbers",
+            "run_diff",
+            "rerun",
+            "sweep",
+            "replay",
+            "ranks",
+        }
+    ],
     [{"recipes"}, {"__main__", "cli", "cli_data", "cli_list", "cli_runs", "arguments"}],
 ]
 PLACE = {name: (floor, group) for floor, sets in enumerate(FLOORS) for group in sets for name in group}

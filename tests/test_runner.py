@@ -15,8 +15,9 @@ import pytest
 from rich.console import Console
 
 from posttrain.errors import ConfigError
+from posttrain.forecast import dry_run
 from posttrain.graph import describe, ordered, override, stage_inputs
-from posttrain.runner import Stopped, _locked, dry_run, duration, run_recipe, stop_cause, write_json
+from posttrain.runner import Stopped, _locked, duration, run_recipe, stop_cause, write_json
 from posttrain.stages import Recipe, Stage
 from toys import Count, chain, total
 
@@ -458,6 +459,23 @@ class _Huge(Stage):
 
 
 def test_dry_run_does_not_import_torch():
-    code = "import sys; from toys import chain; from posttrain.runner import dry_run; dry_run(chain()); "
+    code = "import sys; from toys import chain; from posttrain.forecast import dry_run; dry_run(chain()); "
     code += "assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True, capture_output=True)
+
+
+def test_code_that_changed_is_said_when_a_run_goes_on(tmp_path: Path, console: Console):
+    """A finished run has nothing that could go on otherwise."""
+    recipe = chain(fault="sigterm")
+    with pytest.raises(Stopped):
+        run_recipe(recipe, root=tmp_path, console=console)
+    path = tmp_path / "chain" / "run.json"
+    record = json.loads(path.read_text())
+    now = record["attempts"][0]["code"]
+    record["attempts"][0]["code"] = "0123456789abcdef"
+    path.write_text(json.dumps(record))
+    run_recipe(recipe, root=tmp_path, console=console)
+    said = " ".join(text(console).split())
+    assert f"its code changed since (0123456789abcdef, now {now}); it may go on otherwise than before" in said
+    run_recipe(recipe, root=tmp_path, console=console)
+    assert " ".join(text(console).split()).count("its code changed") == 1

@@ -21,7 +21,7 @@ _PUBLIC = {
     "Forest": "posttrain.forest",
     "RECIPES": "posttrain.registry",
     "Stopped": "posttrain.runner",
-    "dry_run": "posttrain.runner",
+    "dry_run": "posttrain.forecast",
     "override": "posttrain.graph",
     "run_recipe": "posttrain.runner",
     "Context": "posttrain.stages",

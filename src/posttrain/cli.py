@@ -64,11 +64,11 @@ def run(
     """
     from rich.console import Console
 
-    from posttrain import runner
+    from posttrain import forecast, runner
 
     chosen, console = build_recipe(recipe, more), Console()
     if dry_run:
-        runner.dry_run(chosen, until=until, console=console, tiny=tiny)
+        forecast.dry_run(chosen, until=until, console=console, tiny=tiny)
         return
     from posttrain.evals.report import show_run, write_report
 

@@ -134,7 +134,8 @@ def forecast_sweep(
     points: Sequence[Point], directory: Path, seeds: int, baseline: str | None, console: Console, tiny: bool
 ) -> None:
     """Print what one run of a sweep costs, and every run that there would be."""
-    from posttrain.runner import dry_run, say
+    from posttrain.forecast import dry_run
+    from posttrain.runner import say
     from posttrain.sweep import check_points, find_baseline
 
     check_points(points, tiny)
