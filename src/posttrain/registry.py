@@ -125,10 +125,10 @@ METHODS = Registry(
     "method",
     {
         "dpo": "posttrain.recipes.methods:dpo",
+        "grpo": "posttrain.recipes.policy:grpo",
         "ppo": "posttrain.recipes.methods:ppo",
         "reward": "posttrain.recipes.methods:reward",
         "sft": "posttrain.recipes.methods:sft",
     },
-        "grpo": "posttrain.recipes.policy:grpo",
 )
 """What ``posttrain train`` takes: recipes of one stage."""
