@@ -14,10 +14,11 @@ IMAGES = ROOT / "docs" / "images"
 
 INTRO = """# Performance
 
-Made by `python -m benchmarks.page` from the files in `benchmarks/results`; each row is made again by the command above it.
-Both sides train all weights of one model with AdamW on the same token ids, each through its own training loop, in
-processes of their own that take turns; in `generate` they sample responses of the same forced lengths. Before anything is timed, the first batch must give the same loss, gradient norm
-and log-probabilities on both sides in fp32, before and after one update.
+Made by `python -m benchmarks.page` from the files in `benchmarks/results`; each row is made again by the command below its
+name. Both sides train all weights of one model with AdamW on the same token ids, each through its own training loop, in
+processes of their own that take turns; in `generate` they sample responses of the same forced lengths. Before anything
+is timed, the first batch must give the same loss, gradient norm and log-probabilities (tokens in `generate`) on both
+sides in fp32, before and after one update.
 
 A ratio is the peer's seconds over ours, the median over repeats, with the lowest and highest; "corrected" weighs each
 process's seconds with the speed of matrix products measured just before and after it; "bound" is what the counted

@@ -9,7 +9,7 @@ import functools
 import json
 import resource
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ class Clock:
 
     def __init__(self, device: str) -> None:
         self.device = device
-        self.spent: Counter[str] = Counter()
+        self.spent: dict[str, float] = defaultdict(float)
         self.steps: list[dict[str, float]] = []
         self._begun = self._cpu = self._since = 0.0
         torch.Tensor.backward = self.timed("backward", torch.Tensor.backward)

@@ -45,7 +45,9 @@ def train(job: Job, clock: measure.Clock) -> dict[str, Any]:
     """Sample the job's batches, one a step."""
     column, device, dtype = job["column"], job["device"], measure.DTYPES[job["dtype"]]
     mixed = column == "defaults" and job["dtype"] == "bf16"
-    net = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32 if mixed else dtype).to(device).eval()
+    net: Any = (
+        AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32 if mixed else dtype).to(device).eval()
+    )
     forward = net.forward
     if mixed:  # as accelerate prepares a model
 

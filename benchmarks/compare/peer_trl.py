@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import measure
 import transformers
-import trl
+import trl  # pyright: ignore[reportMissingImports]
 from datasets import Dataset
 from transformers import AutoTokenizer, TrainerCallback
 
