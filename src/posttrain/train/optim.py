@@ -74,7 +74,7 @@ class MasterAdamW:
             }
             groups.append({"params": list(self.masters[role].values()), "name": role})
         self.inner = torch.optim.AdamW(
-            groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
+            groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
         )
 
     def step(self, factor: float) -> float:
