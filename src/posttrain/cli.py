@@ -6,6 +6,7 @@ Exit status: 0 done, 1 disk full, out of memory, runs that differ or a failed ru
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import os
@@ -103,7 +104,7 @@ def train(
     restart_changed: bool = False,
     **more: str | None,
 ) -> None:
-    """Train with one method: sft, reward, dpo or ppo.
+    """Train with one method: sft, reward, dpo, ppo, or a preference loss (`posttrain list losses`).
 
     --name NAME         name of the run, a directory under runs/ (default: train-METHOD)
     --seed N            seed of every random draw (default: 0)
@@ -111,10 +112,14 @@ def train(
     --tiny              train at the size of the small world; values typed beside it stay
     --resume, --allow-changed, --restart-changed   as for `posttrain run`
     --FIELD V           change a field of the stage, e.g. --data pairs.jsonl; `train METHOD --help` lists them
+    --loss.OPTION V     set an option of the loss, e.g. --loss.beta 0.05; `posttrain list losses` has their formulas
     """
     recipe = method_recipe(method)
     options = recipe_options(recipe)
+    loss = [f"{key.removeprefix('loss.')},{value}" for key, value in more.items() if key.startswith("loss.")]
+    more = {key: value for key, value in more.items() if not key.startswith("loss.")}
     fields = {key if key in options or "." in key else f"{method}.{key}": value for key, value in more.items()}
+    fields |= {f"{method}.options": ",".join(loss)} if loss else {}
     going_on = {"resume": resume, "allow_changed": allow_changed, "restart_changed": restart_changed}
     options: dict[str, Any] = {**going_on, **fields}
     run(recipe, name=name, seed=seed, dry_run=dry_run, tiny=tiny, **options)
@@ -239,7 +244,13 @@ def build_recipe(name: str, more: Mapping[str, str | None]) -> Recipe:
 
 
 def method_recipe(method: str) -> str:
-    """Return the import string of a method's recipe; an unknown method is an error with a suggestion."""
+    """Return the import string of a method's recipe, or a preference loss's; an unknown name is an error with a suggestion."""
+    if method not in METHODS and ":" not in method:
+        from posttrain.losses import find_loss
+
+        with contextlib.suppress(ConfigError):
+            find_loss(method)
+            return f"posttrain.recipes.methods:{method}"
     function = METHODS[method]
     return f"{function.__module__}:{function.__qualname__}"
 

@@ -70,9 +70,13 @@ class Registry(Mapping[str, Any]):
             return load_object(item) if isinstance(item, str) else item
         if ":" in name:
             return load_object(name)
+        self.refuse_ambiguous(name)
+        raise ConfigError(f"unknown {self.kind} '{name}'; {suggest(name, self._items)}")
+
+    def refuse_ambiguous(self, name: str) -> None:
+        """Raise `ConfigError` for a name that means several things, with the candidates."""
         if name in self._ambiguous:
             raise ConfigError(f"{self.kind} '{name}' may be several methods; say which: {self._ambiguous[name]}")
-        raise ConfigError(f"unknown {self.kind} '{name}'; {suggest(name, self._items)}")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._items)
@@ -130,5 +134,6 @@ METHODS = Registry(
         "reward": "posttrain.recipes.methods:reward",
         "sft": "posttrain.recipes.methods:sft",
     },
+    AMBIGUOUS,
 )
 """What ``posttrain train`` takes: recipes of one stage."""

@@ -9,7 +9,8 @@ from functools import partial
 import pytest
 import torch
 
-from posttrain.errors import CheckError
+from posttrain.errors import CheckError, ConfigError
+from posttrain.forest import Branch, Row
 from posttrain.losses import preference
 from posttrain.losses.games import win_rates
 from posttrain.models.policy import forward_stats
@@ -22,11 +23,12 @@ from posttrain.train.objectives import (
     TokenPreference,
     Unpaired,
     Valued,
+    objective_of,
     objectives,
 )
 from posttrain.train.optim import Optim
 from posttrain.train.reference import row_logp
-from posttrain.train.sources import ranking_source, response_source
+from posttrain.train.sources import ranking_source, response_source, with_mismatched
 from posttrain.train.terms import unmoved
 
 from .cases import every, gradients, make
@@ -369,3 +371,36 @@ def test_a_reference_of_other_weights_is_refused(tmp_path):
     models = {"policy": role(0), "reference": role(7, trained=False)}
     with pytest.raises(CheckError, match="margin to the reference"):
         fit(models, TokenPreference("tdpo1"), pair_data(rows), optim=Optim(lr=0.01), run=run_in(tmp_path))
+
+
+# ---------------------------------------------------------------------------- rows
+
+
+def test_answers_to_other_prompts_are_picked_once():
+    rows = [Row([k, k + 1], [Branch([10 * k + i for i in range(k + 1)], {"loss": [True] * (k + 1)})]) for k in range(6)]
+    rows += [Row([0, 1], [Branch([99], {"loss": [True]})])]  # the first one's prompt again
+    made = with_mismatched(rows, max_length=7, seed=3)
+    assert [row.branches[0] for row in made] == [row.branches[0] for row in rows]
+    assert all(len(row.branches) == 2 and len(row.branches[1].ids) <= 5 for row in made)
+    for row, own in zip(made, rows, strict=True):
+        theirs = next(r for r in rows if r.branches[0] is row.branches[1])
+        assert theirs.prompt != own.prompt
+    assert with_mismatched(rows, max_length=7, seed=3) == made != with_mismatched(rows, max_length=7, seed=4)
+    alone = with_mismatched(rows[5:6] + rows[1:2], max_length=3, seed=0)
+    assert [len(row.branches) for row in alone] == [1, 1]
+    assert len({id(row.branches[1]) for row in made}) > 3
+
+
+def test_the_objective_of_a_loss():
+    kinds = {
+        "dpo": "preference", "beta_dpo": "beta_dpo", "kto": "unpaired", "sppo": "listwise", "wpo": "token_preference",
+        "dno": "scored_preference", "xpo": "explored_preference", "dro_v": "valued",
+    }  # fmt: skip
+    for loss, kind in kinds.items():
+        assert type(objective_of(loss, {}, 1e-3)) is objectives[kind]
+    made = objective_of("simpo", {"gamma": 0.5}, 0.25)
+    assert made.options == {"gamma": 0.5} and made.tolerance == 0.25
+    with pytest.raises(ConfigError, match="has no option 'gama'"):
+        objective_of("simpo", {"gama": 0.5}, 1e-3)
+    with pytest.raises(ConfigError, match="unknown preference loss 'simpoo'"):
+        objective_of("simpoo", {}, 1e-3)

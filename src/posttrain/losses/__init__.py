@@ -6,6 +6,12 @@ than a `PairLogps` has a mapping of its own with its own record: ``token_losses`
 ``unpaired_losses``, ``valued_losses``, ``listwise_losses``.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from posttrain.errors import ConfigError, suggest
 from posttrain.losses import (  # each registers its losses
     anchored,
     batchwise,
@@ -20,6 +26,7 @@ from posttrain.losses.listwise import Scored, listwise_losses
 from posttrain.losses.preference import PairLogps, preference
 from posttrain.losses.tokenwise import TokenLogps, TokenPairs, token_losses
 from posttrain.losses.unpaired import Labelled, Valued, unpaired_losses, valued_losses
+from posttrain.registry import Registry, load_object
 
 __all__ = [
     "ExploredPairs",
@@ -33,6 +40,7 @@ __all__ = [
     "anchored",
     "batchwise",
     "explored_losses",
+    "find_loss",
     "games",
     "links",
     "listwise_losses",
@@ -45,3 +53,30 @@ __all__ = [
     "unpaired_losses",
     "valued_losses",
 ]
+
+
+def find_loss(loss: str | Callable[..., Any]) -> Registry:
+    """The mapping that holds a loss, by its name, by ``module:function``, or the function itself; pairs' if none does.
+
+    Raises:
+        ConfigError: an unknown name, or one that several methods share.
+    """
+    kinds = (
+        preference,
+        token_losses,
+        scored_losses,
+        explored_losses,
+        listwise_losses,
+        unpaired_losses,
+        valued_losses,
+    )
+    if isinstance(loss, str) and ":" not in loss:
+        for kind in kinds:
+            if loss in kind:
+                return kind
+        preference.refuse_ambiguous(loss)
+        raise ConfigError(
+            f"unknown preference loss '{loss}'; {suggest(loss, [name for kind in kinds for name in kind])}"
+        )
+    function = load_object(loss) if isinstance(loss, str) else loss
+    return next((kind for kind in kinds if kind.facts(function)), preference)

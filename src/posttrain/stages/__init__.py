@@ -5,7 +5,7 @@ These files import no torch, so that a recipe can be listed and forecast at once
 
 from posttrain.stages.base import Context, Overlong, Plan, Recipe, Stage, stage_model
 from posttrain.stages.closing import Evaluate, EvaluatePreference, EvaluateReward, HeldOut, Merge
-from posttrain.stages.training import SFT, Prefer, Pretrain, Reinforce, Training, TrainReward
+from posttrain.stages.training import SFT, Prefer, PreferLabelled, Pretrain, Reinforce, Training, TrainReward
 
 __all__ = [
     "SFT",
@@ -18,6 +18,7 @@ __all__ = [
     "Overlong",
     "Plan",
     "Prefer",
+    "PreferLabelled",
     "Pretrain",
     "Recipe",
     "Reinforce",

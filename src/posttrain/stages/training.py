@@ -142,8 +142,9 @@ class Prefer(Training):
     """Preference optimisation on pairs or rankings (Rafailov et al. 2023, appendix B: batch 64, lr 1e-6, 150 steps of warm-up).
 
     The reference is the model it starts from: with LoRA the base with its adapter off, else a frozen snapshot. ``loss``
-    is a name in `posttrain.losses.preference`, ``beta`` its scale (None: the loss's own default), ``options`` its other
-    keyword arguments. Writes a plain model directory, the adapter merged.
+    is a name out of `posttrain.losses` (or ``module:function``), ``beta`` its scale (None: the loss's own default),
+    ``options`` its other keyword arguments. A loss that reads scores wants them in the data. Writes a plain model
+    directory, the adapter merged.
     """
 
     WORK: ClassVar[str] = "posttrain.work.prefer:run"
@@ -165,10 +166,16 @@ class Prefer(Training):
         return dict(self.options) | ({} if self.beta is None else {"beta": self.beta})
 
     def check(self) -> None:
-        """Also refuse a loss that is not known, or an option that it does not have."""
-        from posttrain.losses import preference
+        """Also refuse a loss that is not known or learns from other data, or an option that it does not have."""
+        from posttrain.losses import explored_losses, find_loss, unpaired_losses, valued_losses
 
-        preference.bound(self.loss, self.loss_options())
+        kind = find_loss(self.loss)
+        kind.bound(self.loss, self.loss_options())
+        if kind is explored_losses:
+            raise ConfigError(f"'{self.loss}' learns from samples made while it runs, which this stage does not make")
+        if (kind in (unpaired_losses, valued_losses)) != (self.DATA[0] == "labelled"):
+            other = "PreferLabelled" if self.DATA[0] != "labelled" else "Prefer"
+            raise ConfigError(f"'{self.loss}' does not learn from {self.DATA[0]}; use the stage {other}")
         super().check()
 
     def plan(self) -> Plan:
@@ -177,6 +184,23 @@ class Prefer(Training):
         tokens = int(rows * 230 * self.epochs)
         flops = self.step_flops(tokens) + 2 * PARAMETERS * rows * 230
         return Plan(rows=rows, tokens=tokens, flops=flops, memory=self.weights() + 2e9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferLabelled(Prefer):
+    """Preference optimisation on single answers, each labelled good or bad or rated (Ethayarajh et al. 2024: batch 32, lr 5e-7).
+
+    ``loss`` is a name in `posttrain.losses.unpaired_losses`, or in ``valued_losses``: then rewards are scaled to mean 0 and
+    deviation 1 over the data, and a value network with a head from zero learns at ``value_lr``.
+    """
+
+    WORK: ClassVar[str] = "posttrain.work.labelled:run"
+    DATA: ClassVar[tuple[str, ...]] = ("labelled",)
+    TINY: ClassVar[Mapping[str, Any]] = {"model": "small", "lora_rank": 0, "lr": 1e-4, "epochs": 1.0}
+    loss: str = "kto"
+    lr: float = 5e-7
+    value_lr: float = 1e-4
+    prompts_per_step: int = 32
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from posttrain.forest import Batch
+from posttrain.losses import find_loss
 from posttrain.losses.reward import bradley_terry
 from posttrain.ops.masked import masked_sum
 from posttrain.train.policy_gradient import PolicyGradient
@@ -37,8 +39,22 @@ __all__ = [
     "TokenPreference",
     "Unpaired",
     "Valued",
+    "objective_of",
     "objectives",
 ]
+
+
+def objective_of(loss: str | Callable[..., Tensor], options: Mapping[str, float], tolerance: float) -> Any:
+    """The objective that trains with a preference loss: the one of its own name, else the one that takes such losses.
+
+    Raises:
+        ConfigError: an unknown loss, or an option that it does not have.
+    """
+    registry = find_loss(loss)
+    registry.bound(loss, options)
+    own = loss if isinstance(loss, str) and loss in objectives else ""
+    name = own or next(name for name in objectives if objectives.facts(name).get("losses") is registry)
+    return objectives[name](loss, options, tolerance)
 
 
 @objectives.register("supervised", columns=("weight",))

@@ -139,6 +139,11 @@ class Listwise:
         """The loss with its options fixed."""
         return listwise_losses.bound(self.loss, self.options)
 
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What was stated where the loss was registered."""
+        return listwise_losses.facts(self.loss)
+
     def __call__(self, stats: Stats, batch: Batch) -> dict[str, Term]:
         """The loss, and how far the policy is from the reference."""
         forest, logp = batch.forest, stats["policy"]["logp"]
@@ -180,6 +185,11 @@ class Valued:
     def bound(self) -> Callable[[ValuedRows], Tensor]:
         """The loss with its options fixed."""
         return valued_losses.bound(self.loss, self.options)
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What was stated where the loss was registered."""
+        return valued_losses.facts(self.loss)
 
     def __call__(self, stats: Stats, batch: Batch) -> dict[str, Term]:
         """The loss, how well the value network expects rewards, and how far the policy is from the reference."""

@@ -163,6 +163,24 @@ def response_source(
     return DataSource(len(used), per_step, seed, make)
 
 
+def with_mismatched(rows: Sequence[Row], *, max_length: int, seed: int) -> list[Row]:
+    """Rows of one response, each with a second one that answers another prompt, picked once by ``seed``.
+
+    The next response in a shuffled order whose prompt is another and which fits into ``max_length`` tokens; a row that
+    none fits stays as it is. So the pairs are the same whatever the batches are, and a reference can be kept.
+    """
+    order = shuffled(len(rows), seed, 0)
+    out = list(rows)
+    for place, index in enumerate(order):
+        row = rows[index]
+        for step in range(1, len(rows)):
+            other = rows[order[(place + step) % len(rows)]]
+            if list(other.prompt) != list(row.prompt) and len(row.prompt) + len(other.branches[0].ids) <= max_length:
+                out[index] = Row(row.prompt, [row.branches[0], other.branches[0]])
+                break
+    return out
+
+
 def label_counts(label: Tensor, matched: Tensor, weight: Tensor) -> dict[str, float]:
     """Good and bad responses to their own prompts, and those to others, by weight."""
     kinds = {"good": (matched > 0) & (label > 0), "bad": (matched > 0) & (label <= 0), "mismatched": matched <= 0}
