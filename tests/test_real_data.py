@@ -156,7 +156,7 @@ def test_a_reward_model_fits_64_pairs(tmp_path):
     assert len(rows) == 64
     model = new_reward(path, dtype=choose_dtype("auto", path), lora=Lora(rank=16), seed=0)
     source = ranking_source(rows, [[0, 1]] * 64, per_step=8, seed=0)
-    run = Run(directory=tmp_path, steps=64, max_tokens=1024, save_every=1000, console=Console(quiet=True))
+    run = Run(directory=tmp_path, steps=24, max_tokens=1024, save_every=1000, console=Console(quiet=True))
     fit({"reward": model}, RewardModel(), source, optim=Optim(lr=1e-3, schedule="cosine", warmup_steps=4), run=run)
     scores = torch.tensor(score_rows(model, rows))
     assert (scores[:, 0] > scores[:, 1]).float().mean() >= 0.99
