@@ -72,7 +72,7 @@ def test_words_give_the_ids_of_the_whole(name, normalizer):
     known = Words({}, {})
     for _ in range(2):
         assert list(encode_words(made, known, texts * 3)) == whole * 3
-        assert len(known.later) > 500  # it didn't encode them whole
+        assert len(known.later) > 300  # it didn't encode them whole
 
 
 def test_known_words_are_not_encoded_again():
@@ -85,6 +85,16 @@ def test_known_words_are_not_encoded_again():
     for kept in known:
         kept.update({word: [7] for word in kept})
     assert list(encode_words(other, known, texts)) == [[7] * 6] * 3 != ids
+
+
+def test_of_a_known_word_with_a_comma_only_the_comma_is_encoded():
+    made, known = build(BYTES), Words({}, {})
+    texts = ["Name a colour and another colour"] * 3
+    list(encode_words(made, known, texts))
+    known.later["colour"] = [7]
+    (ids,) = encode_words(made, known, ["Name a colour, colour.\n\nAnd another colour"])
+    assert ids == [*made.encode("Name a").ids, 7, *made.encode(",").ids, 7, *made.encode(".\n\nAnd another").ids, 7]
+    assert known.later["colour,"] == [7, *made.encode(",").ids]
 
 
 def test_what_is_kept_is_bounded(monkeypatch):
@@ -117,6 +127,7 @@ def test_words_that_do_not_recur_are_left_in_their_texts():
         build(BYTES, normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])),
         build(BYTES, dropout=0.1),
         build(BYTES, added=["two words"]),
+        build(BYTES, added=["word<x>"]),
         build(BYTES, added=[AddedToken("<x>", rstrip=True)]),
         build(BYTES, added=[AddedToken("<x>", single_word=True)]),
         Tokenizer(models.BPE()),

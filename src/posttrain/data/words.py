@@ -2,7 +2,8 @@
 
 Tokenizers that first cut text into words encode each word by itself. Those whose way to cut is known here always cut
 before a space that follows anything but white space: nothing that they match goes on from another character to a space,
-and none of it looks back. So the ids of a text are the ids of its parts between such places, one after the other.
+and none of it looks back. So the ids of a text are the ids of its parts between such places, one after the other. They
+also always cut between a letter and what isn't one, so that a new word with its comma takes no more than its parts.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer
 
 _CLEAN = re.compile(r"[!-~\w]\Z")  # ends in what is white space in no version of Unicode
+_STEM = re.compile(r"[A-Za-z]+(?=[\x00-@\[-`{-\x7f])")
+_STEM = re.compile(r"[A-Za-z]+(?=[\x00-@\[-`{-\x7f])")
 _SPACE = re.compile(r"(?<=[!-~\w]) ")
 _MOST = 100_000  # words kept of each kind
 _LONGEST = 32  # characters of a word that is kept
@@ -27,7 +30,7 @@ _CUTS = frozenset(_LETTERS + digits + _OTHERS for digits in (r"\p{N}", r"\p{N}{1
 
 
 class Words(NamedTuple):
-    """Ids of words met before: of those that start a text, and of those that follow a space, without it."""
+    """Ids of words met before: ``first`` of those that no space precedes, ``later`` of those after one, without it."""
 
     first: dict[str, list[int]]
     later: dict[str, list[int]]
@@ -40,6 +43,10 @@ def cuts_at_spaces(spec: Mapping[str, Any]) -> bool:
     """
     looked_for = [token for token in spec["added_tokens"] if not token["special"]]
     if any(" " in t["content"] or t["lstrip"] or t["rstrip"] or t["single_word"] for t in looked_for):
+        return False
+    if any(t["content"][:1].isalpha() for t in looked_for):
+        return False
+    if any("A" <= t["content"][:1].upper() <= "Z" for t in looked_for):
         return False
     if (spec["normalizer"] or {"type": "NFC"})["type"] != "NFC" or spec["model"].get("dropout"):
         return False
@@ -75,29 +82,43 @@ def encode_words(backend: Tokenizer, words: Words, texts: Sequence[str]) -> Iter
 
 
 def _encode(backend: Tokenizer, words: Words, texts: Sequence[str]) -> list[list[int]]:
-    parts = [text.split(" ") for text in texts]
-    odd = {
-        w for w in set[str]().union(*parts) if w not in words.later and w not in words.first and not _CLEAN.search(w)
-    }
-    if odd:  # white space before a space, or at the end of a text
-        parts = [p if odd.isdisjoint(p) else _SPACE.split(text) for p, text in zip(parts, texts, strict=True)]
+    parts = _parts(words, texts)
     total = sum(map(len, parts))
     heads = [part.pop(0) for part in parts]
-    met = set(heads), set[str]().union(*parts)
     # What is known is copied, as another thread may use the same tokenizer.
-    first, later = ({w: ids for w in m if (ids := kept.get(w))} for m, kept in zip(met, words, strict=True))
-    new = [m - found.keys() for m, found in zip(met, (first, later), strict=True)]
-    if (len(new[0]) + len(new[1])) * _WORTH > total:
+    spaced = set[str]().union(*parts)
+    later = _known(words.later, spaced)
+    cut = {word: found.end() for word in spaced - later.keys() if (found := _STEM.match(word))}
+    stems = {word[:end] for word, end in cut.items()}
+    alone = {*heads, *(word[end:] for word, end in cut.items())}
+    first, later = _known(words.first, alone), later | _known(words.later, stems)
+    new = [*(alone - first.keys())], [*((spaced | stems) - cut.keys() - later.keys())]
+    if sum(map(len, new)) * _WORTH > total:
         return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
     spelled = [*new[0], *(" " + word for word in new[1])]
-    made = iter(backend.encode_batch_fast(spelled, add_special_tokens=False))
-    for kept, found, missing in zip(words, (first, later), new, strict=True):
+    made = (encoding.ids for encoding in backend.encode_batch_fast(spelled, add_special_tokens=False))
+    first.update(zip(new[0], made, strict=False))
+    later.update(zip(new[1], made, strict=True))
+    later.update((word, later[word[:end]] + first[word[end:]]) for word, end in cut.items())
+    for kept, found, added in zip(words, (first, later), (new[0], [*new[1], *cut]), strict=True):
         if len(kept) > _MOST:
             kept.clear()
-        for word in missing:
-            found[word] = ids = next(made).ids
-            if len(word) <= _LONGEST and word not in odd:
-                kept[word] = ids
+        kept.update((word, found[word]) for word in added if len(word) <= _LONGEST and _CLEAN.search(word))
     return [
-        [*first[head], *chain.from_iterable(map(later.__getitem__, p))] for head, p in zip(heads, parts, strict=True)
+        [*first[head], *chain.from_iterable(map(later.__getitem__, part))]
+        for head, part in zip(heads, parts, strict=True)
     ]
+
+
+def _parts(words: Words, texts: Sequence[str]) -> list[list[str]]:
+    """Cut texts before spaces that follow no white space; the spaces go."""
+    parts = [text.split(" ") for text in texts]
+    met = set[str]().union(*parts)  # all that is kept is clean
+    odd = {word for word in met if word not in words.later and word not in words.first and not _CLEAN.search(word)}
+    if odd:  # white space before a space, or at the end of a text
+        return [p if odd.isdisjoint(p) else _SPACE.split(text) for p, text in zip(parts, texts, strict=True)]
+    return parts
+
+
+def _known(kept: Mapping[str, list[int]], wanted: set[str]) -> dict[str, list[int]]:
+    return {word: ids for word in wanted if (ids := kept.get(word)) is not None}
