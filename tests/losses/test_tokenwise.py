@@ -9,7 +9,7 @@ import torch
 
 from posttrain.errors import ConfigError
 from posttrain.losses import TokenLogps, TokenPairs, preference, token_losses
-from posttrain.losses.tokenwise import dispersion, pair_sums, weighted_by_policy, wpo_weight
+from posttrain.losses.tokenwise import WeightedByPolicy, dispersion, pair_sums, wpo_weight
 
 from .fixtures import PAIRS, f64, near
 
@@ -118,7 +118,7 @@ def test_the_weight_of_a_pair_is_at_most_1_and_has_no_gradient():
     near([1.067853 / 2])(wpo_weight(doubled))
     near([0.616421 * 1.067853 / 2])(loss["wpo"](doubled, beta=0.1))
     assert not wpo_weight(lifted(doubled, "sum_p2")[0]).requires_grad
-    simpo = weighted_by_policy(preference.bound("simpo", {"beta": 1.0}))
+    simpo = WeightedByPolicy(preference.bound("simpo", {"beta": 1.0}))
     near((1.067853 / 2 * preference["simpo"](pair_sums(doubled), beta=1.0)).tolist())(simpo(doubled))
 
 

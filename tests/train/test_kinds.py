@@ -13,6 +13,7 @@ from posttrain.errors import CheckError, ConfigError
 from posttrain.forest import Branch, Row
 from posttrain.losses import preference
 from posttrain.losses.games import win_rates
+from posttrain.losses.tokenwise import WeightedByPolicy
 from posttrain.models.policy import forward_stats
 from posttrain.train.loop import fit
 from posttrain.train.objectives import (
@@ -126,6 +127,8 @@ def test_divergences_and_squares_are_of_the_whole_vocabulary():
         losses.append(torch.stack([(1 + (-0.5 * x).exp()).log() for x in each]).mean())
     same(net, torch.stack(losses).mean(), found, grads)
     wpo, _, _ = gradients({"policy": role(0)}, TokenPreference("wpo", {"beta": 0.5}), batch, 30)
+    any_loss = TokenPreference(WeightedByPolicy(preference.bound("dpo", {"beta": 0.5})))
+    assert gradients({"policy": role(0)}, any_loss, batch, 30)[0]["loss/total"] == near(wpo["loss/total"])
     weight = [
         (p[torch.arange(len(ids)), ids] - p.exp().square().sum(1).log())[mask].mean().item() for p, ids, mask in out
     ]

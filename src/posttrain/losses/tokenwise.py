@@ -164,9 +164,16 @@ def wpo_weight(pairs: TokenPairs) -> Tensor:
     return (exponents[0] + exponents[1]).detach().clamp(max=0).exp()
 
 
-def weighted_by_policy(loss: Callable[[PairLogps], Tensor]) -> Callable[[TokenPairs], Tensor]:
-    """Any loss of pairs, weighted as WPO weighs DPO: ``weighted_by_policy(preference.bound("simpo", {}))``."""
-    return lambda pairs: wpo_weight(pairs) * loss(pair_sums(pairs))
+@dataclass(frozen=True)
+class WeightedByPolicy:
+    """Any loss of pairs, weighted as `wpo` weighs DPO: ``WeightedByPolicy(preference.bound("simpo", {}))``."""
+
+    loss: Callable[[PairLogps], Tensor]
+    reads = ("sum_p2",)
+
+    def __call__(self, pairs: TokenPairs) -> Tensor:
+        """``w(y_w) w(y_l)`` times the loss, ``[B]``."""
+        return wpo_weight(pairs) * self.loss(pair_sums(pairs))
 
 
 @token_losses.register(
@@ -178,7 +185,7 @@ def weighted_by_policy(loss: Callable[[PairLogps], Tensor]) -> Callable[[TokenPa
 def wpo(pairs: TokenPairs, *, beta: float = 0.01) -> Tensor:
     """WPO: ``-w log sigmoid(beta D)``, w how likely the policy is to have written the pair, `wpo_weight`.
 
-    `weighted_by_policy` does the same to any other loss.
+    `WeightedByPolicy` does the same to any other loss.
 
     Source: Zhou et al. 2024, eq. 4 and 6.
     """

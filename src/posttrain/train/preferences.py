@@ -236,8 +236,8 @@ class TokenPreference(Preference):
 
     @property
     def wanted(self) -> tuple[str, ...]:
-        """Optional fields of `TokenLogps` that the loss reads."""
-        return self.facts.get("reads", ())
+        """Optional fields of `TokenLogps` that the loss reads, as registered or by an attribute of its own."""
+        return self.facts.get("reads", getattr(self.loss, "reads", ()))
 
     @property
     def reads(self) -> Mapping[str, frozenset[str]]:
