@@ -137,6 +137,7 @@ def train(job: Job, clock: measure.Clock) -> dict[str, Any]:
             processing_class=AutoTokenizer.from_pretrained(job["model"]),
             callbacks=[Watch(clock)],
         )
+        trainer.model.get_input_embeddings().padding_idx = None  # else the stop token, pad here, would get no gradient
         reference = getattr(trainer, "ref_model", None)
         if reference is not None:
             reference.forward = clock.timed("reference", reference.forward)

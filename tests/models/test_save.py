@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from data.conftest import byte_level, llama3, phi3, sentence_piece, smol
 from posttrain.data.chat import render_prompt, render_response
 from posttrain.errors import ConfigError
-from posttrain.forest import Branch, Row
+from posttrain.forest import Branch, Row, build_forest
 from posttrain.models.load import load_policy, load_reward, model_files, new_reward, save_merged, value_role
 from posttrain.models.lora import Lora
-from posttrain.models.policy import Model
+from posttrain.models.policy import Model, hidden_states
 from posttrain.rewards.model import score_rows
 from posttrain.types import Message
 from tiny import plain_net
@@ -196,3 +196,24 @@ def test_so_are_those_of_a_model_in_the_hubs_cache(tmp_path, monkeypatch):
         ConfigError, match=r"model 'someone/other' can't be fetched from the hub \(.*\); give a directory"
     ):
         model_files("someone/other")
+
+
+def test_a_pad_token_that_is_the_stop_token_gets_its_gradient(tmp_path):
+    """torch gives the row of ``padding_idx`` none."""
+    net = plain_net("llama")
+    net.config.pad_token_id = net.config.eos_token_id = 5
+    net.save_pretrained(tmp_path)
+    smol().save_pretrained(tmp_path)
+    row = Row([3, 5, 4], [Branch([6, 5], {"loss": [True, True]})])
+    gradients = []
+    for load in (load_policy, new_reward):
+        model = load(str(tmp_path), dtype=torch.float64, **({"train": True} if load is load_policy else {}))
+        states = hidden_states(model, build_forest([row]))
+        states.square().sum().backward()
+        gradients.append(model.net.get_input_embeddings().weight.grad[5])
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    embedded = reference.get_input_embeddings().weight.detach()[[3, 5, 4, 6, 5]].clone().requires_grad_()
+    reference.model(inputs_embeds=embedded[None]).last_hidden_state.square().sum().backward()
+    expected = embedded.grad[1] + embedded.grad[4]
+    for found in gradients:
+        assert torch.allclose(found, expected, rtol=1e-9, atol=1e-12) and found.abs().max() > 0

@@ -196,7 +196,9 @@ def load_generation_config(path: str) -> GenerationConfig | None:
 
 
 def _prepare(net: PreTrainedModel) -> PreTrainedModel:
-    """Evaluation mode, no gradients, our attention."""
+    """Evaluation mode, no gradients, our attention; a pad token that is also the stop token learns like any other."""
+    embedding: Any = net.get_input_embeddings()
+    embedding.padding_idx = None  # rows are never padded, and torch gives this row no gradient
     net.eval()
     net.requires_grad_(False)
     net.set_attn_implementation(NAME)
