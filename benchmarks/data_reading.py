@@ -1,9 +1,10 @@
 """Rows a second and peak memory of reading preference pairs: this library beside `datasets`, each in a process of its own.
 
-    python benchmarks/data_reading.py [--rows 200000]
+    python -m benchmarks.data_reading [--rows 2000000] [--folder DIRECTORY]
 
 ``rows`` yields dictionaries, ``examples`` checked records, as training reads them; ``cached`` converts the file to Arrow
 in an empty cache, then reads that; ``streamed`` reads the file itself. Imports are timed by nobody; memory counts them.
+Every measurement is a line that is appended to benchmarks/results/data_reading.jsonl.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import random
 import resource
 import subprocess
@@ -18,9 +20,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from importlib.metadata import version
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results" / "data_reading.json"
+RESULTS = Path(__file__).parent / "results" / "data_reading.jsonl"
+PACKAGES = ("posttrain", "datasets", "pyarrow", "tokenizers", "transformers")
 
 
 def write_files(folder: Path, rows: int) -> list[Path]:
@@ -100,10 +104,11 @@ def measure(reader: str, path: str) -> None:
         json.dumps(
             {
                 "rows": count,
-                "seconds": seconds,
+                "seconds": round(seconds, 3),
+                "cpu_s": round(busy, 3),
                 "rows_per_s": round(count / seconds),
                 "rows_per_cpu_s": round(count / busy),
-                "mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit),
+                "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit),
             }
         )
     )
@@ -112,26 +117,33 @@ def measure(reader: str, path: str) -> None:
 def main() -> None:
     """Write the files, measure every reader on each, print a table."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rows", type=int, default=200_000)
+    parser.add_argument("--rows", type=int, default=2_000_000)
+    parser.add_argument("--folder", default=None, help="where to write the files (default: a temporary directory)")
     parser.add_argument("--measure", nargs=2, metavar=("READER", "FILE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
         measure(*options.measure)
         return
-    table = {"rows": options.rows, "cpus": os.cpu_count(), "load": os.getloadavg()[0], "measured": {}}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for path in write_files(Path(folder), options.rows):
             print(f"{path.suffix[1:]}, {path.stat().st_size / 1e6:.0f} MB, {options.rows:,} rows")
             for reader in READERS:
                 child = [sys.executable, __file__, "--measure", reader, str(path)]
                 found = json.loads(subprocess.run(child, check=True, stdout=subprocess.PIPE, text=True).stdout)
                 assert found["rows"] == options.rows
-                table["measured"].setdefault(path.suffix[1:], {})[reader] = found
-                rates = f"{found['rows_per_s']:10,} rows/s {found['rows_per_cpu_s']:10,} rows/CPU s"
-                print(f"  {reader:20}{rates} {found['mib']:8,} MiB peak", flush=True)
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+                keep("reading", path, reader, found)
+
+
+def keep(benchmark: str, path: Path, contender: str, found: dict) -> None:
+    """Print a measurement and append it to the results, with what it was made on."""
+    rates = f"{found['rows_per_s']:10,} rows/s {found['rows_per_cpu_s']:10,} rows/CPU s"
+    print(f"  {contender:24}{rates} {found['peak_mib']:8,} MiB peak", flush=True)
+    where = {"cpus": os.cpu_count(), "load": round(os.getloadavg()[0], 1), "python": platform.python_version()}
+    what = {"benchmark": benchmark, "date": time.strftime("%Y-%m-%d"), "kind": path.suffix[1:], "contender": contender}
+    versions = {name: version(name) for name in PACKAGES}
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({**known, "reading": table}, indent=1) + "\n")
+    with RESULTS.open("a", encoding="utf-8") as out:
+        out.write(json.dumps({**what, **found, **where, **versions}) + "\n")
 
 
 if __name__ == "__main__":

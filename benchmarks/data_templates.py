@@ -1,16 +1,19 @@
 """Rows a second from a file of prompt and completion to token ids: this library beside `datasets`, same template.
 
-    python benchmarks/data_templates.py [--rows 2000000] [--tokenizer DIRECTORY]
+    python -m benchmarks.data_templates [--rows 2000000] [--tokenizer DIRECTORY] [--folder DIRECTORY] [--freeze]
 
-``posttrain`` reads, checks, renders and masks 2,000 rows at a time and keeps none. ``datasets`` loads the file into an
+``posttrain`` reads, checks, renders and masks 250 rows at a time and keeps none. ``datasets`` loads the file into an
 empty cache and maps ``apply_chat_template(tokenize=True)`` over batches of 1,000, which gives ids without a mask, into
-its cache, once with one process and once with two. ``tokenizer alone`` encodes the rendered texts, nothing else: a
-bound for both. Writes benchmarks/results/data_reading.json, key ``templates``.
+its cache, once with one process and once with two; streamed, it reads the file itself and keeps nothing.
+``tokenizer alone`` encodes the rendered texts, nothing else. One word in `RARE` is two words in one, which hardly ever
+comes again, as about that many words of a text are new. Every measurement is a line appended to
+benchmarks/results/data_reading.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import json
 import os
@@ -21,16 +24,20 @@ import sys
 import tempfile
 import threading
 import time
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
+
+if __package__:
+    from benchmarks.data_reading import keep
+else:
+    from data_reading import keep
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-RESULTS = Path(__file__).parent / "results" / "data_reading.json"
-CONTENDERS = ("posttrain", "datasets, 1 process", "datasets, 2 processes", "tokenizer alone")
+CONTENDERS = ("posttrain", "datasets, streamed", "datasets, 1 process", "datasets, 2 processes", "tokenizer alone")
+RARE = 20
 
 
 def write_files(folder: Path, rows: int) -> list[Path]:
@@ -48,6 +55,7 @@ def write_files(folder: Path, rows: int) -> list[Path]:
             made = []
             for _ in range(min(10_000, rows - start)):
                 said = draw.choices(words, weights, k=draw.randint(25, 55))
+                said = [w if draw.randrange(RARE) else w + draw.choice(words) for w in said]
                 cut = draw.randint(8, 20)
                 made.append({"prompt": " ".join(said[:cut]), "completion": " ".join(said[cut:])})
             out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in made)
@@ -79,7 +87,7 @@ def posttrain(path: str, tokenizer) -> dict[str, int]:
 
     found = {"rows": 0, "tokens": 0, "trained": 0}
     examples = stream(path)
-    while some := list(islice(examples, 2000)):
+    while some := list(islice(examples, 250)):
         for row in demonstration_rows(tokenizer, some, max_length=4096)[0]:
             found["rows"] += 1
             found["tokens"] += len(row.prompt) + len(row.branches[0].ids)
@@ -88,12 +96,13 @@ def posttrain(path: str, tokenizer) -> dict[str, int]:
 
 
 def peer(path: str, tokenizer, processes: int) -> dict[str, int]:
+    """With ``processes`` 0 streamed, else mapped into a cache by so many."""
     import datasets
 
     datasets.disable_progress_bars()
     builder = "parquet" if path.endswith(".parquet") else "json"
     cache = tempfile.mkdtemp(dir=Path(path).parent)
-    rows = datasets.load_dataset(builder, data_files=path, split="train", cache_dir=cache)
+    rows = datasets.load_dataset(builder, data_files=path, split="train", cache_dir=cache, streaming=not processes)
 
     def encode(batch):
         talks = [
@@ -102,7 +111,9 @@ def peer(path: str, tokenizer, processes: int) -> dict[str, int]:
         ]
         return {"input_ids": tokenizer.apply_chat_template(talks, tokenize=True, return_dict=True)["input_ids"]}
 
-    columns = rows.column_names
+    columns = ["prompt", "completion"]
+    if not processes:
+        return {"rows": sum(1 for _ in rows.map(encode, batched=True, batch_size=1000, remove_columns=columns))}
     made = rows.map(encode, batched=True, remove_columns=columns, num_proc=processes if processes > 1 else None)
     return {"rows": len(made)}
 
@@ -125,11 +136,14 @@ def alone(path: str, tokenizer) -> dict[str, int]:
     return {**found, "milliseconds": round(1000 * seconds), "busy": round(1000 * busy)}
 
 
-def measure(contender: str, path: str, model: str) -> None:
+def measure(contender: str, path: str, model: str, freeze: bool) -> None:
     """Run one contender on a file and print what it found, its seconds and its processes' peak memory as JSON."""
     for module in ("datasets", "posttrain.data.collate"):
         importlib.import_module(module)  # imports are timed by nobody
     tokenizer = load_tokenizer(model)
+    if freeze:
+        gc.collect()
+        gc.freeze()
     peak = [0.0]
     threading.Thread(target=watch, args=(peak,), daemon=True).start()
     before, began = processor(), time.perf_counter()
@@ -138,12 +152,13 @@ def measure(contender: str, path: str, model: str) -> None:
     elif contender == "tokenizer alone":
         found = alone(path, tokenizer)
     else:
-        found = peer(path, tokenizer, 2 if "2" in contender else 1)
+        found = peer(path, tokenizer, {"streamed": 0, "1 process": 1}.get(contender.split(", ")[1], 2))
     seconds, busy = time.perf_counter() - began, processor() - before
     if "milliseconds" in found:
         seconds, busy = found.pop("milliseconds") / 1000, found.pop("busy") / 1000
     rates = {"rows_per_s": round(found["rows"] / seconds), "rows_per_cpu_s": round(found["rows"] / busy)}
-    print(json.dumps({**found, "seconds": round(seconds, 1), **rates, "peak_mib": round(peak[0])}))
+    times = {"seconds": round(seconds, 3), "cpu_s": round(busy, 3)}
+    print(json.dumps({**found, **times, **rates, "peak_mib": round(peak[0])}))
 
 
 def processor() -> float:
@@ -175,27 +190,22 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2_000_000)
     parser.add_argument("--tokenizer", default=os.path.expanduser("~/.cache/posttrain/SmolLM2-135M-Instruct"))
     parser.add_argument("--folder", default=None, help="where to write the files (default: a temporary directory)")
+    parser.add_argument("--freeze", action="store_true", help="call gc.freeze() after imports, in every contender")
     parser.add_argument("--measure", nargs=2, metavar=("CONTENDER", "FILE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        measure(*options.measure, options.tokenizer)
+        measure(*options.measure, options.tokenizer, options.freeze)
         return
-    versions = {name: version(name) for name in ("tokenizers", "transformers", "datasets", "pyarrow")}
-    table = {"rows": options.rows, "cpus": os.cpu_count(), "load": os.getloadavg()[0], **versions, "measured": {}}
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for path in write_files(Path(folder), options.rows):
             print(f"{path.suffix[1:]}, {path.stat().st_size / 1e6:.0f} MB, {options.rows:,} rows")
             for contender in CONTENDERS:
                 child = [sys.executable, __file__, "--tokenizer", options.tokenizer, "--measure", contender, str(path)]
+                child += ["--freeze"] if options.freeze else []
                 printed = subprocess.run(child, check=True, stdout=subprocess.PIPE, text=True).stdout
                 found = json.loads(printed.splitlines()[-1])
                 assert found["rows"] == options.rows
-                table["measured"].setdefault(path.suffix[1:], {})[contender] = found
-                rates = f"{found['rows_per_s']:9,} rows/s {found['rows_per_cpu_s']:9,} rows/CPU s"
-                print(f"  {contender:24}{rates} {found['peak_mib']:7,} MiB peak", flush=True)
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({**known, "templates": table}, indent=1) + "\n")
+                keep("templates", path, contender, {**found, "frozen": options.freeze})
 
 
 if __name__ == "__main__":
