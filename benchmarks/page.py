@@ -11,6 +11,8 @@ from benchmarks.compare.session import RESULTS, Session, read_sessions
 
 PAGE = ROOT / "docs" / "performance.md"
 IMAGES = ROOT / "docs" / "images"
+LEVERS = Path(__file__).with_name("levers.md")
+"""What was tried, written by hand: a measurement that changed the code has no code left to make it again."""
 
 INTRO = """# Performance
 
@@ -35,7 +37,7 @@ def main() -> None:
     sessions = [s for file in sorted(RESULTS.glob("compare-*.jsonl")) if (s := newest(file))]
     if not sessions:
         raise SystemExit(f"no complete session in {RESULTS}; run python -m benchmarks.compare first")
-    parts = [INTRO, *(section(s) for s in sessions)]
+    parts = [INTRO, *(section(s) for s in sessions), LEVERS.read_text()]
     PAGE.write_text("\n".join(parts))
     print(f"wrote {PAGE.relative_to(ROOT)} from {len(sessions)} sessions")
 
