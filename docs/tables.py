@@ -10,6 +10,7 @@ from posttrain import losses
 from posttrain.data.formats import FORMATS
 from posttrain.losses.policy import policy_losses
 from posttrain.registry import RECIPES, Registry
+from posttrain.train.algorithms import ALGORITHMS
 
 START, END = "<!-- tables: made by docs/tables.py -->\n", "<!-- end of tables -->"
 README = Path(__file__).parents[1] / "README.md"
@@ -28,6 +29,7 @@ def tables() -> str:
         for kind in (policy_losses, *(item for item in vars(losses).values() if isinstance(item, Registry)))
         for name in sorted(kind)
     ]
+    methods += [f"| `{name}` | algorithm | {row.summary} |" for name, row in sorted(ALGORITHMS.items())]
     systems = [f"| `{name}` | {first_line(RECIPES[name])} |" for name in sorted(RECIPES)]
     head = ["| method | kind | what it is |", "|---|---|---|"]
     return "\n".join([*head, *methods, "", "| system | what it is |", "|---|---|", *systems]) + "\n"

@@ -100,7 +100,7 @@ def test_a_row_of_weight_0_is_said_and_left_out(folder, capsys):
     ("arguments", "said"),
     [
         ("train dop", "unknown method 'dop'; did you mean 'dpo'?"),
-        ("train", "`posttrain train` needs a method: posttrain train METHOD; known: dpo, "),
+        ("train", "`posttrain train` needs a method: posttrain train METHOD; known: apa, "),
         ("train dpo --bta 0.1 --model small", "stage 'dpo' has no field 'bta'; did you mean 'beta'?"),
         ("train dpo --beta much --model small", "--dpo.beta: got 'much', expected float or none"),
         ("train dpo --loss dpoo --model small", "unknown preference loss 'dpoo'; did you mean 'dpo'?"),

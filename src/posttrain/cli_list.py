@@ -1,4 +1,4 @@
-"""``posttrain list``: recipes, methods, losses and objectives, as their registries hold them."""
+"""``posttrain list``: recipes, methods, algorithms, losses and objectives, as their registries hold them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def list_names(kind: str = "all", /) -> None:
-    """List recipes, methods, losses and objectives; KIND is one of these words.
+    """List recipes, methods, algorithms, losses and objectives; KIND is one of these words.
 
     Of a loss it says the formula, what it needs beside the policy's own numbers ("whole step": its value depends on the
     other rows), and the paper.
@@ -107,9 +107,32 @@ def source(item: object) -> str:
     return (inspect.getdoc(item) or "").partition("Source: ")[2].partition("\n")[0]
 
 
+def algorithm_grids() -> Iterator[Grid]:
+    """Yield the table of policy-gradient algorithms: advantage, ratio, loss, KL penalty, aggregation, needs, paper."""
+    from posttrain.evals.grids import Grid
+    from posttrain.train.algorithms import ALGORITHMS
+
+    rows = [
+        (
+            name,
+            row.advantage,
+            row.ratio,
+            row.loss,
+            row.penalty,
+            row.aggregation,
+            ", ".join(sorted(row.needs)) or "–",
+            f"{row.summary}\n{row.paper}",
+        )
+        for name, row in sorted(ALGORITHMS.items())
+    ]
+    header = ("algorithm", "advantage", "ratio", "loss", "KL", "aggregation", "needs", "what it is")
+    yield Grid(title="Algorithms: posttrain train ALGORITHM", header=header, rows=tuple(rows), left=tuple(range(8)))
+
+
 KINDS: dict[str, Callable[[], Iterator[Grid]]] = {
     "recipes": recipe_grids,
     "methods": method_grids,
+    "algorithms": algorithm_grids,
     "losses": loss_grids,
     "objectives": objective_grids,
 }

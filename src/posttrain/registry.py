@@ -125,15 +125,20 @@ RECIPES = Registry(
     },
 )
 
+_ALGORITHMS = {
+    "apa", "awr", "cispo", "dapo", "dr_grpo", "grpo", "grpo_process", "grpo_sequence", "gspo", "p3o", "ppo_dual_clip",
+    "reinforce_baseline", "reinforce_pp", "reinforce_pp_baseline", "remax", "rloo",
+}  # fmt: skip
+
 METHODS = Registry(
     "method",
     {
         "dpo": "posttrain.recipes.methods:dpo",
-        "grpo": "posttrain.recipes.policy:grpo",
         "ppo": "posttrain.recipes.methods:ppo",
         "reward": "posttrain.recipes.methods:reward",
         "sft": "posttrain.recipes.methods:sft",
-    },
+    }
+    | {name: f"posttrain.recipes.policy:{name}" for name in sorted(_ALGORITHMS)},
     AMBIGUOUS,
 )
 """What ``posttrain train`` takes: recipes of one stage."""

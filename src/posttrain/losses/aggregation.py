@@ -35,3 +35,22 @@ def sequence_mean(mask: Tensor, branch: Tensor) -> Tensor:
         return torch.zeros(0, dtype=torch.float64)
     lengths = torch.bincount(branch[mask], minlength=int(branch.max()) + 1)
     return 1.0 / lengths.clamp(min=1).double()[branch]
+
+
+@aggregations.register("sequence_sum", unit="branches")
+def sequence_sum(mask: Tensor, branch: Tensor) -> Tensor:
+    """Mean over responses of each one's sum over its tokens: ``1/B sum_i sum_t x``; the response is the action.
+
+    Source: Ahmadian et al. 2024 (RLOO), section 2.
+    """
+    return token_mean(mask, branch)
+
+
+@aggregations.register("sequence_sum_scaled", unit="branches")
+def sequence_sum_scaled(mask: Tensor, branch: Tensor, *, longest: float = 1024.0) -> Tensor:
+    """Mean over responses of each one's sum over its tokens, divided by a constant: ``1/B sum_i sum_t x / longest``.
+
+    All tokens weigh the same in every step. ``longest`` is the largest number of tokens that a response can have.
+    Source: Liu et al. 2025 (Dr. GRPO), arXiv 2503.20783, section 3.2.
+    """
+    return token_mean(mask, branch) / longest

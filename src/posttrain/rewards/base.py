@@ -29,10 +29,14 @@ class Completion:
 
 @dataclass(frozen=True)
 class Score:
-    """A response's reward, None = the reward abstains; ``parts`` are logged beside it."""
+    """A response's reward, None = the reward abstains; ``parts`` are logged beside it.
+
+    ``steps`` are scores of steps of reasoning, by the index in the response of each one's last token.
+    """
 
     value: float | None
     parts: Mapping[str, float] = field(default_factory=dict[str, float])
+    steps: Mapping[int, float] = field(default_factory=dict[int, float])
 
 
 class BadScore(RewardError):

@@ -212,8 +212,12 @@ class Reinforce(Training):
     algorithm's own. ``reward`` is a `TrainReward` stage, or the directory that one wrote. ``lr`` is the policy's and
     ``value_lr`` the critic's learning rate. The critic, where the algorithm has one, starts
     as the reward model; with ``value_rank`` 0 and adapters elsewhere only its head is trained. A response cut by length
-    scores ``cut_score``. Where the KL of a rollout exceeds ``max_kl`` (nats a sequence) the stage stops, says why, and keeps
-    the last checkpoint below it. Writes the policy (an adapter for peft, or a model directory).
+    scores ``cut_score``, and with ``mask_cut`` is no part of the loss; ``overlong_share`` is the last share of the length over
+    which scores fall by 1. With ``rounds`` above 1, prompts whose responses all score the same are replaced by others.
+    ``kl_target`` steers a penalty in the reward to so many nats a sequence. ``mismatch`` is the weight of tokens where the
+    sampler is not the trainer (`posttrain.losses.shaping`). Where the KL of a rollout exceeds ``max_kl`` (nats a sequence)
+    the stage stops, says why, and keeps the last checkpoint below it. Writes the policy (an adapter for peft, or a model
+    directory).
     """
 
     WORK: ClassVar[str] = "posttrain.work.reinforce:run"
@@ -238,12 +242,17 @@ class Reinforce(Training):
     max_new_tokens: int = 128
     temperature: float = 1.0
     kl: float | None = None
+    kl_target: float | None = None
     clip: float | None = None
     value_clip: float = 0.2
     gamma: float = 1.0
     lam: float = 0.95
     whiten_rewards: bool = False
     cut_score: float | None = None
+    mask_cut: bool = False
+    overlong_share: float | None = None
+    rounds: int | None = None
+    mismatch: str | None = None
     max_kl: float | None = None
     slots: int = 32
 
@@ -255,11 +264,15 @@ class Reinforce(Training):
                 f"got updates_per_rollout={self.updates_per_rollout} with prompts_per_step={self.prompts_per_step} and "
                 f"steps={self.steps}; expected it to divide both"
             )
-        row = self.row()
-        if "groups" in row.needs and self.samples_per_prompt < 2:
+        row, samples = self.row(), self.samples_per_prompt
+        if ("groups" in row.needs and samples < 2) or ("pairs" in row.needs and samples != 2):
+            wanted = "2" if "pairs" in row.needs else "at least 2"
             raise ConfigError(
-                f"{self.algorithm} compares the responses to one prompt: got samples_per_prompt={self.samples_per_prompt}, "
-                "expected at least 2"
+                f"{self.algorithm} compares the responses to one prompt: got samples_per_prompt={samples}, expected {wanted}"
+            )
+        if self.kl_target is not None and not row.penalty.startswith("reward"):
+            raise ConfigError(
+                f"got kl_target={self.kl_target:g}, which moves a penalty in the reward; {self.algorithm} has '{row.penalty}'"
             )
 
     def row(self) -> Algorithm:
@@ -275,16 +288,33 @@ class Reinforce(Training):
             raise ConfigError(
                 f"got kl={self.kl:g} but {self.algorithm} has no KL penalty; give one, such as penalty='loss:k2', or kl 0"
             )
-        kl = row.numbers.get("kl", 0.0) if self.kl is None else self.kl
+        numbers = {"kl": 0.0, "rounds": 1, "overlong_share": 0.0, **row.numbers}
+        numbers |= {k: v for k in ("kl", "rounds", "overlong_share") if (v := getattr(self, k)) is not None}
         options = {**row.options, **self.options} | ({} if self.clip is None else {"clip": self.clip})
-        return replace(row, penalty=penalty, numbers={**row.numbers, "kl": kl}, options=options)
+        return replace(row, penalty=penalty, numbers=numbers, options=options)
 
     def check(self) -> None:
-        """Also refuse an option that the algorithm's loss does not have."""
+        """Also refuse what the algorithm's loss or advantage does not read, or the reward can't give."""
+        from posttrain.losses.advantages import advantages
         from posttrain.losses.policy import policy_losses
+        from posttrain.losses.shaping import mismatch_weights
+        from posttrain.registry import keyword_defaults
 
         row = self.row()
         policy_losses.bound(row.loss, row.options)
+        if self.mismatch is not None:
+            mismatch_weights.bound(self.mismatch, {})
+        known = keyword_defaults(advantages[row.advantage])
+        for name, usual in (("gamma", 1.0), ("lam", 0.95)):
+            if getattr(self, name) != usual and name not in known and "critic" not in row.needs:
+                raise ConfigError(
+                    f"{self.algorithm} has no {name}: its advantage is '{row.advantage}'; leave it at {usual}"
+                )
+        if "steps" in row.needs:
+            raise ConfigError(
+                f"{self.algorithm} reads scores of steps of reasoning, which a reward model of whole responses does not give; "
+                "use posttrain.train.rollouts.RolloutSource with a reward that does, or another algorithm"
+            )
         super().check()
 
     def plan(self) -> Plan:

@@ -56,6 +56,12 @@ METRICS: dict[str, Metric] = {
         "nats a token",
         "mean over sampled tokens of k3(old_logp, logp): how far updates moved from the sampler",
     ),
+    "kl/coefficient": Metric("1", "coefficient of the KL penalty in the reward, where it follows a target"),
+    "mismatch/weight": Metric("1", "mean weight of sampled tokens for the distance between sampler and trainer"),
+    "mismatch/zero": Metric("share", "sampled tokens whose such weight is 0"),
+    "mismatch/kl": Metric(
+        "nats a token", "mean of k3(sampled_logp, old_logp): how far the trainer is from the sampler"
+    ),
     "kl/data": Metric(
         "nats a token",
         "mean over response tokens of exp(d) - 1 - d, d = logp - ref_logp: the policy's distance from the reference on the "
@@ -76,6 +82,7 @@ METRICS: dict[str, Metric] = {
     ),
     "groups/flat": Metric("share", "prompts whose sampled responses all have one reward"),
     "groups/dropped": Metric("share", "prompts left out because too few of their responses have a score"),
+    "groups/kept": Metric("share", "prompts sampled that have responses of differing reward and were used"),
     "groups/identical": Metric("share", "prompts whose sampled responses are all the same"),
     "step/skipped": Metric("steps", "1 where the step was skipped because something was not finite"),
     "optim/lr": Metric("1", "learning rate of the step"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from torch import Tensor
 from posttrain.forest import Batch
 from posttrain.losses.advantages import Returns, advantages
 from posttrain.losses.aggregation import aggregations, token_mean
+from posttrain.losses.penalties import penalties
 from posttrain.losses.policy import TokenTerms, policy_losses, ppo_clip, ratio, value_clip
 from posttrain.losses.ratios import ratio_levels, token
-from posttrain.ops.kl import k2, k3
+from posttrain.ops.kl import k3
 from posttrain.ops.masked import masked_sum
 from posttrain.registry import keyword_defaults
 from posttrain.train.algorithms import Algorithm
@@ -35,7 +37,8 @@ class PolicyGradient:
         loss: of a token (`posttrain.losses.policy`).
         level: what the ratio is of (`posttrain.losses.ratios`).
         aggregate: weights of tokens in the mean over the step (`posttrain.losses.aggregation`).
-        penalty: an estimator of the KL to the reference whose value, times ``kl``, is added; None = no penalty in the loss.
+        penalty: of a token (`posttrain.losses.penalties`), added with the weight ``kl``; None = no penalty in the loss. The
+            full KL reads the frozen role "reference", which `fit` is given beside the policy.
         critic: whether a value role is trained, with its loss clipped at ``value_clip``.
         ratio_tolerance: by how much sampler and trainer may differ before the first update.
     """
@@ -43,7 +46,7 @@ class PolicyGradient:
     loss: Callable[[TokenTerms], Tensor] = ppo_clip
     level: Callable[..., Tensor] = token
     aggregate: Callable[[Tensor, Tensor], Tensor] = token_mean
-    penalty: Callable[[Tensor, Tensor], Tensor] | None = None
+    penalty: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor] | None = None
     kl: float = 0.0
     value_clip: float = 0.2
     critic: bool = True
@@ -59,8 +62,9 @@ class PolicyGradient:
 
     @property
     def reads(self) -> Mapping[str, frozenset[str]]:
-        """Log-probabilities of the policy, values of the critic."""
-        policy = {"policy": frozenset({"logp"})}
+        """Log-probabilities of the policy and what its penalty reads, values of the critic."""
+        more = penalties.facts(self.penalty).get("reads", ()) if self.penalty is not None else ()
+        policy = {"policy": frozenset({"logp", *more})}
         return policy | {"value": frozenset({"value"})} if self.critic else policy
 
     def __call__(self, stats: Stats, batch: Batch) -> dict[str, Term]:
@@ -70,6 +74,8 @@ class PolicyGradient:
         terms = self.terms(logp, batch)
         now, unit = logp.detach(), aggregations.facts(self.aggregate)["unit"]
         weight = self.aggregate(mask, batch.forest.branch).to(now.dtype)
+        if "mismatch" in tokens:
+            weight = weight * tokens["mismatch"]
         error = (ratio(terms).detach() - 1).abs()
         out = {
             "loss/policy": Term(masked_sum(self.loss(terms) * weight, mask), unit),
@@ -78,7 +84,7 @@ class PolicyGradient:
             "kl/update": Term(masked_sum(k3(tokens["old_logp"], now), mask), "tokens", 0.0),
         }
         if self.penalty is not None:
-            estimate = self.penalty(logp, tokens["ref_logp"])
+            estimate = self.penalty(stats["policy"], tokens)
             out["loss/kl"] = Term(masked_sum(estimate * weight, mask), unit, self.kl)
         if self.critic:
             loss = value_clip(stats["value"]["value"], tokens["old_value"], tokens["return"], clip=self.value_clip)
@@ -129,17 +135,19 @@ class PolicyGradient:
         ]
 
 
-PENALTIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"loss:k2": k2, "loss:k3": k3}
-"""The penalties that stand in the loss."""
+def policy_gradient(row: Algorithm, *, longest: float, **numbers: Any) -> PolicyGradient:
+    """The objective of a row of `posttrain.train.algorithms`.
 
-
-def policy_gradient(row: Algorithm, **numbers: Any) -> PolicyGradient:
-    """The objective of a row of `posttrain.train.algorithms`; ``numbers`` are other fields of it."""
+    ``longest`` is the most tokens a response can have, ``numbers`` are other fields of `PolicyGradient`.
+    """
+    aggregate = aggregations[row.aggregation]
+    if "longest" in keyword_defaults(aggregate):
+        aggregate = partial(aggregate, longest=longest)
     return PolicyGradient(
         loss=policy_losses.bound(row.loss, row.options),
         level=ratio_levels[row.ratio],
-        aggregate=aggregations[row.aggregation],
-        penalty=PENALTIES.get(row.penalty),
+        aggregate=aggregate,
+        penalty=penalties[row.penalty] if row.penalty.startswith("loss:") else None,
         kl=row.numbers.get("kl", 0.0),
         critic="critic" in row.needs,
         **numbers,

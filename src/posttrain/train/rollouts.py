@@ -5,74 +5,29 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from posttrain.errors import CheckError, ConfigError, RewardError
-from posttrain.forest import Batch, Branch, Row, build_forest, split, take
-from posttrain.losses.advantages import Returns, gae, token_reward, whitened_gae
+from posttrain.errors import CheckError, RewardError
+from posttrain.forest import Batch, split
+from posttrain.losses.shaping import adaptive_kl, overlong_penalty
 from posttrain.models.policy import Model, forward_stats
-from posttrain.ops.masked import masked_mean, segment_sum, to_padded, whiten
+from posttrain.ops.masked import masked_mean, segment_sum
 from posttrain.rewards.base import BadScore, Completion, Reward, Score, require_finite
 from posttrain.rollout.engine import Engine, Request, Rollout, Sampling
+from posttrain.train.estimates import Advantage, estimate, group_forest, rollout_metrics, updates
 from posttrain.train.journal import Journal
+from posttrain.train.rollout_plan import Group, Plan
 from posttrain.train.signs import signs
 from posttrain.train.sources import shuffled
 from posttrain.train.streams import random_streams, restore_streams
 from posttrain.types import Example, stable_hash
 
+__all__ = ["Group", "Plan", "RolloutSource"]
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """The numbers of a rollout step.
-
-    Attributes:
-        prompts: prompts a rollout.
-        samples: responses a prompt.
-        updates: optimiser steps on each rollout, over equal shares of its prompts.
-        sampling: how responses are drawn.
-        kl: coefficient of the KL penalty in the reward.
-        gamma, lam: discount and lambda of the returns that the critic learns, and of GAE.
-        least: responses with a score that a prompt needs, 2 where they are compared; a prompt with fewer is left out and counted.
-        whiten_rewards: scale token rewards to variance 1 over the rollout, without moving their mean.
-        cut_score: score of a response that ended by length, instead of the reward's; None keeps the reward's.
-        seed: of prompts' order and of draws.
-        max_tokens: the memory knob.
-    """
-
-    prompts: int
-    samples: int
-    updates: int
-    sampling: Sampling
-    kl: float
-    gamma: float = 1.0
-    lam: float = 0.95
-    least: int = 1
-    whiten_rewards: bool = False
-    cut_score: float | None = None
-    seed: int = 0
-    max_tokens: int = 1024
-
-    def __post_init__(self) -> None:
-        """Refuse plans whose updates would be empty, or whose sampler is not the distribution that is trained."""
-        if not 1 <= self.updates <= self.prompts or self.samples < 1:
-            raise ConfigError(
-                f"got {self.prompts} prompts, {self.samples} samples, {self.updates} updates a rollout; expected at least 1 of "
-                "each and no more updates than prompts"
-            )
-        if self.samples < self.least:
-            raise ConfigError(
-                f"got {self.samples} samples a prompt; expected at least {self.least}: the advantage compares the responses to one prompt"
-            )
-        s = self.sampling
-        if s.temperature == 0 or s.top_k is not None or s.top_p < 1:
-            raise ConfigError(
-                f"got temperature={s.temperature}, top_k={s.top_k}, top_p={s.top_p}; training needs the whole distribution: "
-                "temperature above 0, top_k None, top_p 1"
-            )
+Mismatch = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass
@@ -80,7 +35,8 @@ class RolloutSource:
     """Fresh samples of the policy every ``plan.updates`` steps, with everything a policy-gradient loss reads.
 
     ``advantage`` is an estimator (`posttrain.losses.advantages`), None = GAE by the plan's numbers. ``value`` None = no
-    critic. ``on_samples`` receives what ``samples.jsonl`` keeps.
+    critic. ``mismatch`` weights tokens where the engine is not the trainer (`posttrain.losses.shaping.mismatch_weights`),
+    whose log-probabilities under ``policy`` then serve as the old ones. ``on_samples`` receives what ``samples.jsonl`` keeps.
     ``journal`` keeps rollouts, scores and values before they are used, so that a run goes on from any step; one without a
     directory keeps nothing, and a run then goes on from between rollouts only.
     """
@@ -93,14 +49,18 @@ class RolloutSource:
     reference: Model
     value: Model | None
     decode: Callable[[Sequence[int]], str]
-    advantage: Callable[[Returns], Tensor] | None = None
+    advantage: Advantage | None = None
+    policy: Model | None = None
+    mismatch: Mismatch | None = None
     on_samples: Callable[[int, list[dict[str, Any]]], None] = lambda step, samples: None
     journal: Journal = field(default_factory=Journal)
     _tried: int | None = None  # the step at which the newest rollout began
     _begun: int | None = None  # the same, once it is at hand
     _used: int | None = None  # the step at which the rollout began that was in use when a checkpoint was saved
+    _kl: dict[int, float] = field(default_factory=dict[int, float])  # the coefficient by the rollout's first step
     _pending: list[Batch] = field(default_factory=list[Batch])
     _metrics: dict[str, float] = field(default_factory=dict[str, float])
+    _kept: float = 1.0  # of the prompts sampled, with rounds
 
     def __call__(self, step: int) -> Batch:
         """The batch of an update; samples anew at the first update of each rollout."""
@@ -139,15 +99,29 @@ class RolloutSource:
             self.journal.retract(self._tried, "scores")
 
     def state(self, step: int) -> Any:
-        """Where the journal has the rollout in use at a step; None between rollouts: all else follows from the step."""
+        """Where the journal has the rollout in use at a step, and the KL coefficient if it moves.
+
+        None between rollouts of one coefficient: all else follows from the step.
+        """
         first = step - step % self.plan.updates
-        return self.journal.state(first) if self._begun == first != step else None
+        state = self.journal.state(first) if self._begun == first != step else None
+        if self.plan.kl_target is None:
+            return state
+        return {**(state or {}), "kl": self.coefficient(first)}
 
     def load_state(self, state: Any) -> None:
         """See that the journal has the rollout that was in use; it is replayed when its next share is wanted."""
-        if state is not None:
+        state = dict(state or {})
+        if "kl" in state:
+            self._kl = {-1: state.pop("kl")}
+        if state:
             self.journal.require(state)
             self._used = state["step"]
+
+    def coefficient(self, first: int) -> float:
+        """The KL coefficient of the rollout that begins at a step: the plan's, or where a target is given the newest."""
+        known = [step for step in self._kl if step <= first]
+        return self._kl[max(known)] if known else self.plan.kl
 
     def prompt_indices(self, rollout: int) -> list[int]:
         """The prompts of a rollout: epochs in new orders, cut into runs of ``plan.prompts`` without a gap."""
@@ -161,63 +135,138 @@ class RolloutSource:
 
     def _collect(self, step: int, *, again: bool) -> None:
         """Sample, score and cut one rollout, from the journal as far as it got; ``again`` = its samples were recorded."""
-        plan = self.plan
         self._tried = step
-        indices = self.prompt_indices(step // plan.updates)
         began = time.perf_counter()
-        rollouts = self._sample(step, indices)
-        sampled = time.perf_counter()
-        completions = [
+        groups, completions, spent = self._gather(step)
+        self._metrics = {}
+        batch = self._estimated(step, groups)
+        self._metrics |= {
+            "time/generate": spent,
+            "time/score": time.perf_counter() - began - spent,
+            "data/epoch": (step // self.plan.updates + 1) * self.plan.prompts * self.plan.rounds / len(self.examples),
+        }
+        self._pending, self._begun = updates(batch, self.plan.updates), step
+        if not again:
+            self.on_samples(step, self._records(completions, groups, batch))
+
+    def _gather(self, step: int) -> tuple[list[Group], list[Completion], float]:
+        """The rollout's groups with their responses as the reward saw them, and the seconds spent on sampling.
+
+        With rounds, prompts whose responses all score the same are passed over; each round of each rollout has a place of
+        its own in the order of prompts, so that nothing depends on how many were needed before.
+
+        Raises:
+            RewardError: after the last round too few prompts have responses of differing score.
+        """
+        plan, spent, seen = self.plan, 0.0, dict[str, int]()
+        kept: list[Group] = []
+        told: list[Completion] = []
+        sampled = 0
+        for turn in range(plan.rounds):
+            indices = self.prompt_indices(step // plan.updates * plan.rounds + turn)
+            groups, completions, seconds = self._round(step, indices, seen)
+            spent, sampled = spent + seconds, sampled + len(groups)
+            for k, group in enumerate(groups):
+                if len(kept) < plan.prompts and (plan.rounds == 1 or not group.flat):
+                    kept.append(group)
+                    told += completions[k * plan.samples : (k + 1) * plan.samples]
+            if len(kept) == plan.prompts:
+                break
+        else:
+            raise RewardError(
+                f"step {step}: of {sampled} prompts in {plan.rounds} rounds {len(kept)} have responses of differing score, "
+                f"expected {plan.prompts}; use prompts of middling difficulty, or more rounds"
+            )
+        if plan.rounds > 1:
+            self._kept = len(kept) / sampled
+        return kept, told, spent
+
+    def _round(
+        self, step: int, indices: Sequence[int], seen: dict[str, int]
+    ) -> tuple[list[Group], list[Completion], float]:
+        """The groups of some prompts: sampled, scored; ``seen`` counts how often each prompt was sampled in this rollout."""
+        plan = self.plan
+        began = time.perf_counter()
+        requests, best = self._requests(step, indices, seen)
+        rollouts = self._sample(step, requests, plan.sampling)
+        greedy = self._sample(step, best, plan.best_guess) if plan.greedy else []
+        seconds = time.perf_counter() - began
+        completions = self._completions(indices, rollouts)
+        scores = self._scores(step, completions)
+        baselines = self._scores(step, self._completions(indices, greedy)) if greedy else []
+        groups: list[Group] = []
+        for k, index in enumerate(indices):
+            part = slice(k * plan.samples, (k + 1) * plan.samples)
+            groups.append(
+                Group(
+                    index=index,
+                    rollouts=tuple(rollouts[part]),
+                    scores=tuple(s.value for s in scores[part]),
+                    baseline=baselines[k].value if baselines else None,
+                    steps=tuple(s.steps for s in scores[part]) if any(s.steps for s in scores) else (),
+                )
+            )
+        return groups, completions, seconds
+
+    def _requests(self, step: int, indices: Sequence[int], seen: dict[str, int]) -> tuple[list[Request], list[Request]]:
+        """``samples`` requests of each prompt, in prompt order, and one for its greedy response."""
+        requests: list[Request] = []
+        best: list[Request] = []
+        for index in indices:
+            name, ids = self.examples[index].prompt_key, tuple(self.prompt_ids[index])
+            occurrence = seen[name] = seen.get(name, -1) + 1
+            key = (self.plan.seed, step, name, occurrence)
+            requests += [Request(ids, (*key, sample)) for sample in range(self.plan.samples)]
+            best.append(Request(ids, (*key, "greedy")))
+        return requests, best
+
+    def _sample(self, step: int, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
+        """One response a request, from the journal if they are there."""
+
+        def generate() -> list[Any]:
+            return [(r.ids, r.logp, r.stopped) for r in self.engine.generate(requests, sampling)]
+
+        asked = stable_hash([[r.ids, r.key] for r in requests] + [vars(sampling)])
+        found = self.journal.once(step, f"rollouts {asked}", generate)
+        return [Rollout(q, tuple(ids), tuple(logp), end) for q, (ids, logp, end) in zip(requests, found, strict=True)]
+
+    def _completions(self, indices: Sequence[int], rollouts: Sequence[Rollout]) -> list[Completion]:
+        """What the reward sees of the responses, as many to each prompt."""
+        each = len(rollouts) // len(indices)
+        return [
             Completion(
-                example=self.examples[indices[i // plan.samples]],
+                example=self.examples[indices[i // each]],
                 text=self.decode(r.ids),
                 prompt_ids=r.request.ids,
                 ids=r.ids,
                 truncated=r.truncated,
-                group=i // plan.samples,
+                group=i // each,
             )
             for i, r in enumerate(rollouts)
         ]
-        which = stable_hash([r.ids for r in rollouts])
-        scores = self._scores(step, which, completions)
-        batch = self._advantages(step, which, rollouts, scores)
-        self._metrics |= {
-            "time/generate": sampled - began,
-            "time/score": time.perf_counter() - sampled,
-            "data/epoch": (step // plan.updates + 1) * plan.prompts / len(self.examples),
-        }
-        self._pending, self._begun = _updates(batch, plan.updates), step
-        if not again:
-            self.on_samples(step, self._records(completions, scores, batch))
 
-    def _sample(self, step: int, indices: Sequence[int]) -> list[Rollout]:
-        """``samples`` responses of each prompt, in prompt order."""
-        requests: list[Request] = []
-        seen: dict[str, int] = {}
-        for index in indices:
-            name = self.examples[index].prompt_key
-            occurrence = seen[name] = seen.get(name, -1) + 1
-            for sample in range(self.plan.samples):
-                key = (self.plan.seed, step, name, occurrence, sample)
-                requests.append(Request(tuple(self.prompt_ids[index]), key))
-
-        def generate() -> list[Any]:
-            return [(r.ids, r.logp, r.stopped) for r in self.engine.generate(requests, self.plan.sampling)]
-
-        asked = stable_hash([[r.ids, r.key] for r in requests] + [vars(self.plan.sampling)])
-        found = self.journal.once(step, f"rollouts {asked}", generate)
-        return [Rollout(q, tuple(ids), tuple(logp), end) for q, (ids, logp, end) in zip(requests, found, strict=True)]
-
-    def _scores(self, step: int, which: str, completions: Sequence[Completion]) -> list[float | None]:
-        """The reward of each response, a cut one's replaced if the plan says so.
+    def _scores(self, step: int, completions: Sequence[Completion]) -> list[Score]:
+        """The reward of each response, a cut one's replaced and a long one's lowered if the plan says so.
 
         What the reward gave is journalled even where it is no number: asked again, it might give another.
         """
-        values = self.journal.once(step, f"scores {which}", lambda: self._asked(completions))
+        which = stable_hash([[c.prompt_ids, c.ids] for c in completions])
+        found = self.journal.once(step, f"scores {which}", lambda: self._asked(completions))
+        steps = [{int(k): v for k, v in x["steps"]} if isinstance(x, dict) else {} for x in found]
+        values = [x["value"] if isinstance(x, dict) else x for x in found]
         require_finite(completions, [Score(v) for v in values])
-        return self._with_cuts(completions, values)
+        shaped = self._with_cuts(completions, values)
+        if self.plan.overlong_share:
+            shaped = [None if v is None else v + self._overlong(c) for c, v in zip(completions, shaped, strict=True)]
+        return [Score(v, steps=s) for v, s in zip(shaped, steps, strict=True)]
 
-    def _asked(self, completions: Sequence[Completion]) -> list[float | None]:
+    def _overlong(self, completion: Completion) -> float:
+        """What a response's length takes from its score."""
+        longest = float(self.plan.sampling.max_new_tokens)
+        length = torch.tensor(float(len(completion.ids)))
+        return float(overlong_penalty(length, longest=longest, buffer=self.plan.overlong_share * longest))
+
+    def _asked(self, completions: Sequence[Completion]) -> list[Any]:
         """What the reward gives now."""
         try:
             scores = self.reward(completions)
@@ -229,71 +278,79 @@ class RolloutSource:
             raise RewardError(
                 f"the reward gave {len(scores)} scores for {len(completions)} responses; expected one each"
             )
-        values = [s.value for s in scores]
-        if all(v is None for v in self._with_cuts(completions, values)):
+        if all(v is None for v in self._with_cuts(completions, [s.value for s in scores])):
             raise RewardError("the reward abstained on every response of the rollout; there is nothing to learn from")
-        return values
+        return [{"value": s.value, "steps": list(s.steps.items())} if s.steps else s.value for s in scores]
 
     def _with_cuts(self, completions: Sequence[Completion], values: Sequence[float | None]) -> list[float | None]:
         """Scores with ``cut_score`` in the place of those of cut responses."""
         cut = self.plan.cut_score
         return [cut if c.truncated and cut is not None else v for c, v in zip(completions, values, strict=True)]
 
-    def _advantages(self, step: int, which: str, rollouts: Sequence[Rollout], scores: Sequence[float | None]) -> Batch:
+    def _estimated(self, step: int, groups: Sequence[Group]) -> Batch:
         """The rollout as one batch with log-probabilities, values, returns and advantages a token.
 
         Responses without a score, and prompts with too few that have one, are masked out: they enter no mean, no whitening
         and no loss.
         """
-        plan, dropped = self.plan, 0
-        rows: list[Row] = []
-        for start in range(0, len(rollouts), plan.samples):
-            members = rollouts[start : start + plan.samples]
-            marks = [scores[start + k] is not None for k in range(len(members))]
-            if sum(marks) < plan.least:
-                marks, dropped = [False] * len(members), dropped + 1
-            branches = [
-                Branch(r.ids, {"sampled": [m] * len(r.ids)}, r.truncated) for r, m in zip(members, marks, strict=True)
-            ]
-            rows.append(Row(members[0].request.ids, branches))
-        forest = build_forest(rows)
-        keep = forest.masks["sampled"]
+        plan, rollouts = self.plan, [r for g in groups for r in g.rollouts]
+        forest, live = group_forest(groups, plan)
+        if not bool(live.any()):
+            raise RewardError(
+                "no prompt of the rollout has enough responses with a score (and, where it is asked for, a baseline)"
+            )
         wide = torch.promote_types(self.reference.net.dtype, torch.float32)
-        old = torch.tensor([x for r in rollouts for x in r.logp], dtype=wide)
-        batch = Batch(forest, {"old_logp": old}, {}, {})
-        passes = self.journal.once(step, f"ref_logp, value {which}", lambda: self._passes(batch))
-        ref, value = torch.tensor(passes, dtype=wide)
-        size = len(rollouts)
-        score = torch.tensor([0.0 if s is None else s for s in scores], dtype=wide)
-        columns = {k: to_padded(x, forest.branch, size)[0] for k, x in {"old": old, "ref": ref, "value": value}.items()}
-        on, real = to_padded(keep, forest.branch, size)
-        reward = token_reward(score, columns["old"], columns["ref"], on, kl=plan.kl)
-        if plan.whiten_rewards:
-            reward = whiten(reward, on, shift=False)
-        values = columns["value"] if self.value is not None else None
-        given = Returns(score=score, reward=reward, mask=on, group=forest.group, values=values)
-        advantage = self.advantage or partial(whitened_gae, gamma=plan.gamma, lam=plan.lam)
-        _, returns = gae(reward, columns["value"], on, gamma=plan.gamma, lam=plan.lam)
-        tokens = {
-            "old_logp": old,
-            "ref_logp": ref,
-            "advantage": advantage(given)[real],
-            "return": returns[real],
-            "old_value": value,
+        sampled = torch.tensor([x for r in rollouts for x in r.logp], dtype=wide)
+        batch = Batch(forest, {"old_logp": sampled}, {}, {})
+        which = stable_hash([r.ids for r in rollouts])
+        roles = {
+            "ref_logp": self.reference,
+            "old_logp": self.policy if self.mismatch else None,
+            "old_value": self.value,
         }
-        self._metrics = _rollout_metrics(rollouts, scores, forest.branch, keep, tokens)
-        if plan.least > 1:
-            self._metrics["groups/dropped"] = dropped / len(rows)
-        self._metrics |= signs(
-            batch, rollouts, scores, plan.samples, tokens, getattr(self.engine, "stop_ids", frozenset())
+        wanted = {name: model for name, model in roles.items() if model is not None}
+        found = self.journal.once(
+            step,
+            f"{', '.join(wanted)} {which}",
+            lambda: [
+                self._evaluate(batch, model, "value" if name == "old_value" else "logp").tolist()
+                for name, model in wanted.items()
+            ],
         )
+        tokens = {"old_logp": sampled} | {k: torch.tensor(x, dtype=wide) for k, x in zip(wanted, found, strict=True)}
+        kl = self.coefficient(step)
+        new, score = estimate(groups, plan, self.advantage, forest, live, tokens, kl)
+        tokens |= new
+        if self.value is None:
+            del tokens["return"]
+        if self.mismatch is not None:
+            tokens["mismatch"] = self._mismatch(tokens["old_logp"], sampled, batch)
+        self._metrics |= rollout_metrics(groups, plan, forest, live, tokens)
+        scores = [s for g in groups for s in g.scores]
+        stops: frozenset[int] = getattr(self.engine, "stop_ids", frozenset())
+        self._metrics |= signs(batch, rollouts, scores, plan.samples, tokens, stops)
+        if plan.rounds > 1:
+            self._metrics["groups/kept"] = self._kept
+        if plan.kl_target is not None:
+            self._metrics["kl/coefficient"] = kl
+            moved = adaptive_kl(
+                kl, self._metrics["kl/mean"], sequences=len(rollouts), target=plan.kl_target, horizon=plan.kl_horizon
+            )
+            self._kl |= {step: kl, step + plan.updates: moved}
         return Batch(forest, tokens, {"reward": score}, {})
 
-    def _passes(self, batch: Batch) -> list[list[float]]:
-        """Log-probabilities under the reference and the critic's values, 0 without one, a target each."""
-        ref = self._evaluate(batch, self.reference, "logp")
-        value = self._evaluate(batch, self.value, "value") if self.value is not None else torch.zeros_like(ref)
-        return [ref.tolist(), value.tolist()]
+    def _mismatch(self, old: Tensor, sampled: Tensor, batch: Batch) -> Tensor:
+        """Weights of tokens ``[M]`` by how far the trainer's log-probabilities are from the sampler's."""
+        assert self.mismatch is not None
+        mask = batch.forest.masks["sampled"]
+        weight = self.mismatch(old, sampled, mask, batch.forest.branch)
+        gap = sampled - old
+        self._metrics |= {
+            "mismatch/weight": float(masked_mean(weight, mask)),
+            "mismatch/zero": float(masked_mean((weight == 0).to(weight.dtype), mask)),
+            "mismatch/kl": float(masked_mean(torch.exp(-gap) - 1 + gap, mask)),
+        }
+        return weight
 
     def _evaluate(self, batch: Batch, model: Model, name: str) -> Tensor:
         """One statistic a target under a model, without gradient."""
@@ -303,9 +360,10 @@ class RolloutSource:
             return torch.cat([forward_stats(model, p.forest, want, temperature=temperature)[name] for p in parts]).cpu()
 
     def _records(
-        self, completions: Sequence[Completion], scores: Sequence[float | None], batch: Batch
+        self, completions: Sequence[Completion], groups: Sequence[Group], batch: Batch
     ) -> list[dict[str, Any]]:
         """A line of ``samples.jsonl`` for each response."""
+        scores = [s for g in groups for s in g.scores]
         gap = batch.tokens["old_logp"] - batch.tokens["ref_logp"]
         kl = segment_sum(gap, batch.forest.branch, len(completions)).tolist()
         return [
@@ -319,40 +377,3 @@ class RolloutSource:
             }
             for c, s, k in zip(completions, scores, kl, strict=True)
         ]
-
-
-def _updates(batch: Batch, updates: int) -> list[Batch]:
-    """Cut a rollout into ``updates`` batches of whole prompts, each with its own counts; advantages stay as they are."""
-    trees = [(t, range(len(tree.branches))) for t, tree in enumerate(batch.forest.trees)]
-    out: list[Batch] = []
-    for part in range(updates):
-        piece = take(batch, trees[part::updates])
-        sampled = piece.forest.masks["sampled"]
-        counts = {"tokens": int(sampled.sum()), "branches": len(piece.forest.branch[sampled].unique())}
-        out.append(Batch(piece.forest, piece.tokens, piece.branches, {k: float(max(n, 1)) for k, n in counts.items()}))
-    return out
-
-
-def _rollout_metrics(
-    rollouts: Sequence[Rollout],
-    scores: Sequence[float | None],
-    branch: Tensor,
-    keep: Tensor,
-    tokens: Mapping[str, Tensor],
-) -> dict[str, float]:
-    """Means over the rollout, before any update."""
-    known = torch.tensor([s for s in scores if s is not None])
-    kl = segment_sum(tokens["old_logp"] - tokens["ref_logp"], branch, len(rollouts))
-    returns, error = tokens["return"], tokens["return"] - tokens["old_value"]
-    spread = masked_mean((returns - masked_mean(returns, keep)) ** 2, keep)
-    residual = masked_mean((error - masked_mean(error, keep)) ** 2, keep)
-    return {
-        "reward/mean": float(known.mean()),
-        "reward/std": float(known.std(correction=0)),
-        "kl/mean": float(kl.mean()),
-        "policy/entropy": float(-masked_mean(tokens["old_logp"], keep)),
-        "value/explained": float(1 - residual / spread.clamp(min=1e-8)),
-        "length/mean": sum(len(r.ids) for r in rollouts) / len(rollouts),
-        "truncated/share": sum(r.truncated for r in rollouts) / len(rollouts),
-        "abstained/share": sum(s is None for s in scores) / len(scores),
-    }

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from posttrain.data.collate import prompt_ids
+from posttrain.losses.shaping import mismatch_weights
 from posttrain.models.load import load_policy, load_reward, save_merged, value_role
 from posttrain.models.lora import Lora, save_adapter
 from posttrain.models.policy import Model
@@ -31,14 +32,14 @@ from posttrain.work.supervised import adapters, training_run
 
 def run(stage: Reinforce, ctx: Context) -> None:
     """Sample, score, update; then write the policy."""
-    start = start_from(stage.model, ctx)
+    row, start = stage.row(), start_from(stage.model, ctx)
     dtype = choose_dtype(stage.dtype, start.path)
     policy = load_policy(start.path, dtype=dtype, lora=adapters(stage), train=True, seed=ctx.seed)
     reference = Model(policy.net) if policy.adapter else load_policy(start.path, dtype=dtype)
     judge = stage_dir(stage.reward, ctx, "reward")
     scorer = load_reward(str(judge), dtype=dtype)
     mean = json.loads((judge / "reward.json").read_text())["mean"]
-    value = critic(stage, scorer, ctx, dtype) if "critic" in stage.row().needs else None
+    value = critic(stage, scorer, ctx, dtype) if "critic" in row.needs else None
     examples = load_examples(stage, ctx, "prompts")
     refuse_weights(examples, "reinforcement learning")
     ids, report = prompt_ids(start.tokenizer, examples, max_length=stage.max_length, overlong=stage.overlong)
@@ -52,13 +53,16 @@ def run(stage: Reinforce, ctx: Context) -> None:
         reward=reward_model(scorer, mean=mean, max_tokens=2 * stage.max_tokens),
         reference=reference,
         value=value,
-        advantage=estimator(stage.row(), gamma=stage.gamma, lam=stage.lam),
+        advantage=estimator(row, gamma=stage.gamma, lam=stage.lam),
+        policy=policy,
+        mismatch=None if stage.mismatch is None else mismatch_weights[stage.mismatch],
         decode=start.decode,
         on_samples=samples.write,
         journal=Journal(ctx.dir / "journal"),
     )
     objective = policy_gradient(
-        stage.row(),
+        row,
+        longest=stage.max_new_tokens,
         value_clip=stage.value_clip,
         temperature=stage.temperature,
         # bf16 rounds the logits of sampler and trainer apart; the ratio stays right, being taken to the sampler's own
@@ -75,6 +79,7 @@ def run(stage: Reinforce, ctx: Context) -> None:
         run = replace(run, keep=max(run.keep, 1 + math.ceil(stage.updates_per_rollout / run.save_every)))
     with Watch(ctx.dir, ctx.console, stage.max_kl, evidence_of(policy, reference, ids[0])) as watch:
         roles = {"policy": policy} | ({} if value is None else {"value": value})
+        roles |= {"reference": reference} if "kl_to_other" in objective.reads["policy"] else {}
         fit(roles, objective, source, optim=optim, run=run, hooks=[watch])
     save(policy, stage, start.path, ctx.dir, start.tokenizer)
 
@@ -101,7 +106,12 @@ def plan(stage: Reinforce, seed: int) -> Plan:
         updates=stage.updates_per_rollout,
         sampling=Sampling(max_new_tokens=stage.max_new_tokens, temperature=stage.temperature),
         kl=row.numbers["kl"] if row.penalty.startswith("reward") else 0.0,
-        least=2 if "groups" in row.needs else 1,
+        kl_target=stage.kl_target,
+        least=2 if row.needs & {"groups", "pairs"} else 1,
+        greedy="greedy" in row.needs,
+        rounds=row.numbers["rounds"],
+        mask_cut=stage.mask_cut,
+        overlong_share=row.numbers["overlong_share"],
         gamma=stage.gamma,
         lam=stage.lam,
         whiten_rewards=stage.whiten_rewards,
