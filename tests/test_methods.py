@@ -48,12 +48,14 @@ def data_of(name):
     return {"unpaired loss": "labels", "valued loss": "ratings"}.get(kind, "pairs")
 
 
-def trained(folder, name, *more):
+def trained(folder, name, *more, run=None):
+    run = run or f"train-{name}"
     options = (
         f"--data {data_of(name)}.jsonl --model small --lora-rank 0 --prompts-per-step 2 --epochs 1 --dtype float32"
+        f" --name {run}"
     )
     assert main(["train", name, *options.split(), *more]) == 0
-    return [json.loads(line) for line in (folder / f"runs/train-{name}/{name}/metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / f"runs/{run}/{name}/metrics.jsonl").read_text().splitlines()]
 
 
 ALL = sorted(
@@ -82,10 +84,10 @@ def test_every_loss_is_a_method(folder, name):
 
 
 def test_options_of_a_loss(folder):
-    first = trained(folder, "cpo", "--loss.beta", "0.5", "--loss.lam", "0", "--name", "train-cpo")[0]
+    first = trained(folder, "cpo", "--loss.beta", "0.5", "--loss.lam", "0", run="options")[0]
     margin = first["logp/chosen"] - first["logp/rejected"]
     assert first["reward/margin"] == pytest.approx(0.5 * margin, rel=1e-4)
-    config = json.loads((folder / "runs/train-cpo/cpo/stage.json").read_text())["config"]
+    config = json.loads((folder / "runs/options/cpo/stage.json").read_text())["config"]
     assert config["options"] == {"beta": 0.5, "lam": 0.0} and config["loss"] == "cpo"
 
 
@@ -119,10 +121,8 @@ def test_faults_of_usage_are_one_line(folder, arguments, said, capsys):
 def test_a_score_that_is_missing_is_named(folder, capsys):
     rows = [{k: v for k, v in row.items() if not k.endswith("rating")} for row in PAIRS]
     (folder / "plain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert (
-        main(["train", "nca_k", "--data", "plain.jsonl", "--model", "small", "--lora-rank", "0", "--dtype", "float32"])
-        == 2
-    )
+    options = ["--name", "plain", "--data", "plain.jsonl", "--lora-rank", "0", "--dtype", "float32"]
+    assert main(["train", "nca_k", "--model", "small", *options]) == 2
     assert (
         "plain.jsonl row 1, field 'score': response 0 (from 0) has none, which this loss reads"
         in capsys.readouterr().err

@@ -104,7 +104,7 @@ def train(
     restart_changed: bool = False,
     **more: str | None,
 ) -> None:
-    """Train with one method: sft, reward, dpo, ppo, or a preference loss (`posttrain list losses`).
+    """Train with one method: sft, reward, a policy-gradient algorithm or a preference loss (`posttrain list`).
 
     --name NAME         name of the run, a directory under runs/ (default: train-METHOD)
     --seed N            seed of every random draw (default: 0)

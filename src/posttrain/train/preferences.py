@@ -45,24 +45,19 @@ from posttrain.train.terms import (
 )
 
 
-@objectives.register("preference", columns=("rank", "weight", "ref_logp"), losses=preference)
 @dataclass(frozen=True)
-class Preference:
-    """A loss of pairs of responses to one prompt, averaged over a prompt's pairs and then over prompts by their weight.
+class OfLoss:
+    """An objective made of a loss out of ``registry``: a name in it or such a function, and its keyword arguments.
 
-    Rankings of K responses give every pair of different rank; each response is forwarded once. Batches carry ``rank``
-    and ``weight`` ``[B]`` and, unless the loss needs no reference, ``ref_logp`` ``[M]``, the reference's log-probabilities.
-    ``loss`` is a name in `posttrain.losses.preference` or such a function, ``options`` its keyword arguments. ``tolerance``
-    in nats bounds the margin that rounding alone may give a policy that is its own reference.
+    ``tolerance`` in nats bounds what rounding alone may give a policy that is its own reference.
     """
 
-    loss: str | Callable[..., Tensor] = "dpo"
+    loss: str | Callable[..., Tensor] = ""
     options: Mapping[str, float] = field(default_factory=dict[str, float])
     tolerance: float = 1e-3
     registry = preference
     mask = "loss"
     temperature = 1.0
-    whole_groups = True
 
     @property
     def reads(self) -> Mapping[str, frozenset[str]]:
@@ -83,6 +78,21 @@ class Preference:
     def coupled(self) -> bool:
         """As the loss was registered."""
         return bool(self.facts.get("coupled", False))
+
+
+@objectives.register("preference", columns=("rank", "weight", "ref_logp"), losses=preference)
+@dataclass(frozen=True)
+class Preference(OfLoss):
+    """A loss of pairs of responses to one prompt, averaged over a prompt's pairs and then over prompts by their weight.
+
+    Rankings of K responses give every pair of different rank; each response is forwarded once. Batches carry ``rank``
+    and ``weight`` ``[B]`` and, unless the loss needs no reference, ``ref_logp`` ``[M]``, the reference's log-probabilities.
+    ``loss`` is a name in `posttrain.losses.preference` or such a function, ``options`` its keyword arguments. ``tolerance``
+    in nats bounds the margin that rounding alone may give a policy that is its own reference.
+    """
+
+    loss: str | Callable[..., Tensor] = "dpo"
+    whole_groups = True
 
     @property
     def against_reference(self) -> bool:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,13 +12,13 @@ from torch import Tensor
 from posttrain.forest import Batch
 from posttrain.losses import Labelled, Scored, listwise_losses, unpaired_losses, valued_losses
 from posttrain.losses import Valued as ValuedRows
-from posttrain.train.preferences import drift
+from posttrain.train.preferences import OfLoss, drift
 from posttrain.train.terms import Check, Stats, Term, at_reference, branch_weight, objectives, response_sums, stop_check
 
 
 @objectives.register("unpaired", columns=("label", "matched", "weight", "ref_logp"), losses=unpaired_losses)
 @dataclass(frozen=True)
-class Unpaired:
+class Unpaired(OfLoss):
     """A loss of single responses that are good or bad, averaged over rows by their weight.
 
     Batches carry ``label`` (1 good, 0 bad), ``matched`` (0 where a response answers another prompt) and ``weight`` ``[B]``
@@ -29,26 +28,8 @@ class Unpaired:
     """
 
     loss: str | Callable[..., Tensor] = "kto"
-    options: Mapping[str, float] = field(default_factory=dict[str, float])
-    tolerance: float = 1e-3
-    mask = "loss"
-    temperature = 1.0
+    registry = unpaired_losses
     whole_groups = False
-
-    @cached_property
-    def bound(self) -> Callable[[Labelled], Tensor]:
-        """The loss with its options fixed."""
-        return unpaired_losses.bound(self.loss, self.options)
-
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        """What was stated where the loss was registered."""
-        return unpaired_losses.facts(self.loss)
-
-    @property
-    def coupled(self) -> bool:
-        """As the loss was registered."""
-        return bool(self.facts.get("coupled", False))
 
     @property
     def reads(self) -> Mapping[str, frozenset[str]]:
@@ -118,7 +99,7 @@ def start_checks(objective: Any, name: str, stats: Stats, batch: Batch, step: in
 
 @objectives.register("listwise", columns=("score", "weight", "ref_logp"), losses=listwise_losses)
 @dataclass(frozen=True)
-class Listwise:
+class Listwise(OfLoss):
     """A loss of all of a prompt's responses with a score each, averaged over prompts by their weight.
 
     Batches carry ``score`` and ``weight`` ``[B]`` and the reference's ``ref_logp`` ``[M]``; what a score is, the loss's facts
@@ -126,23 +107,8 @@ class Listwise:
     """
 
     loss: str | Callable[..., Tensor] = "info_nca"
-    options: Mapping[str, float] = field(default_factory=dict[str, float])
-    tolerance: float = 1e-3
-    reads = {"policy": frozenset({"logp"})}  # noqa: RUF012
-    mask = "loss"
-    temperature = 1.0
+    registry = listwise_losses
     whole_groups = True
-    coupled = False
-
-    @cached_property
-    def bound(self) -> Callable[[Scored], Tensor]:
-        """The loss with its options fixed."""
-        return listwise_losses.bound(self.loss, self.options)
-
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        """What was stated where the loss was registered."""
-        return listwise_losses.facts(self.loss)
 
     def __call__(self, stats: Stats, batch: Batch) -> dict[str, Term]:
         """The loss, and how far the policy is from the reference."""
@@ -165,7 +131,7 @@ class Listwise:
 
 @objectives.register("valued", columns=("reward", "weight", "ref_logp"), losses=valued_losses)
 @dataclass(frozen=True)
-class Valued:
+class Valued(OfLoss):
     """A loss of single responses with a scalar reward and of the value network that expects it, averaged by weight.
 
     Batches carry ``reward`` and ``weight`` ``[B]`` and the reference's ``ref_logp`` ``[M]``. The role ``value`` is read
@@ -173,30 +139,18 @@ class Valued:
     """
 
     loss: str | Callable[..., Tensor] = "dro_v"
-    options: Mapping[str, float] = field(default_factory=dict[str, float])
-    tolerance: float = 1e-3
-    reads = {"policy": frozenset({"logp"}), "value": frozenset({"value"})}  # noqa: RUF012
-    mask = "loss"
-    temperature = 1.0
+    registry = valued_losses
     whole_groups = False
-    coupled = False
-
-    @cached_property
-    def bound(self) -> Callable[[ValuedRows], Tensor]:
-        """The loss with its options fixed."""
-        return valued_losses.bound(self.loss, self.options)
 
     @property
-    def facts(self) -> Mapping[str, Any]:
-        """What was stated where the loss was registered."""
-        return valued_losses.facts(self.loss)
+    def reads(self) -> Mapping[str, frozenset[str]]:
+        """Log-probabilities of the policy, and values."""
+        return {"policy": frozenset({"logp"}), "value": frozenset({"value"})}
 
     def __call__(self, stats: Stats, batch: Batch) -> dict[str, Term]:
         """The loss, how well the value network expects rewards, and how far the policy is from the reference."""
         forest = batch.forest
-        begins = (
-            forest.lengths.cumsum(0) - forest.lengths
-        )  # a branch's first target is predicted by its prompt's last state
+        begins = forest.lengths.cumsum(0) - forest.lengths  # first targets, which the prompt's last state predicts
         rows = ValuedRows(
             logp=response_sums(stats["policy"]["logp"], batch),
             ref_logp=response_sums(batch.tokens["ref_logp"], batch),
