@@ -6,6 +6,7 @@ import torch
 
 from posttrain.forest import Batch, build_forest, split
 from posttrain.models.policy import forward_stats
+from posttrain.models.scores import SCORES
 from posttrain.train.loop import _accumulate
 from posttrain.train.objectives import objectives
 from posttrain.train.sources import label_counts
@@ -57,7 +58,8 @@ def make(name: str, seed: int = 0):
     build = objectives[kind] if kind != "coupled" else Spread
     objective = build() if not loss else build(loss=facts["losses"][loss] if kind == "policy_gradient" else loss)
     models = {
-        r: role(k, scalar=bool(names & {"score", "value"})) for k, (r, names) in enumerate(objective.reads.items())
+        r: role(k, scalar=bool(names & SCORES), outputs=3 if "scores" in names else 1, gated="gate" in names)
+        for k, (r, names) in enumerate(objective.reads.items())
     }
     if any("other" in stat for wanted in objective.reads.values() for stat in wanted):
         models["reference"] = role(7, trained=False)
@@ -76,12 +78,18 @@ def make(name: str, seed: int = 0):
         "return": noise,
         "ref_entropy": lambda: torch.rand(len(forest.target), generator=g, dtype=torch.float64),
         "written": lambda: torch.rand(len(forest.target), generator=g) < 0.8,
+        "good": lambda: torch.rand(len(forest.target), generator=g, dtype=torch.float64),
     }
     branches = {
         "rank": lambda: torch.tensor(RANKS),
         "weight": lambda: torch.tensor(WEIGHTS, dtype=torch.float64),
         "score": lambda: torch.randn(len(RANKS), generator=g, dtype=torch.float64),
         "reward": lambda: torch.randn(len(RANKS), generator=g, dtype=torch.float64),
+        "rating": lambda: 4.0 - torch.tensor(RANKS),
+        "better": lambda: 0.5 + 0.1 * torch.tensor(RANKS),
+        "unsafe": lambda: torch.tensor(RANKS) % 2,
+        "attributes": lambda: torch.randn(len(RANKS), 3, generator=g, dtype=torch.float64),
+        "wanted": lambda: torch.tensor([0.2, 0.3, 0.5, 0.0, 1.0, 0.4, 0.6, 0.1, 0.2, 0.3, 0.4]),
         "explored": lambda: torch.tensor(RANKS) % 2,
         "label": lambda: torch.tensor(RANKS) % 2,
         "matched": lambda: torch.tensor([k % 4 != 2 for k in range(len(RANKS))]).long(),

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from posttrain.forest import Branch, Row
 from posttrain.models.attention import NAME
 from posttrain.models.policy import Model
+from posttrain.models.scores import Gate
 from posttrain.rewards.base import Score
 from posttrain.rollout.engine import Sampling
 from posttrain.rollout.local import LocalEngine
@@ -38,12 +39,12 @@ PROMPTS = [[5, 9, 11], [7], [8, 30, 31, 6, 12], [13, 13], [21, 4, 9, 10], [3, 38
 STOPS = frozenset(range(77, 97))
 
 
-def network(seed: int, *, scalar: bool = False, dtype: torch.dtype = torch.float64):
+def network(seed: int, *, scalar: bool = False, dtype: torch.dtype = torch.float64, outputs: int = 1):
     """A random network."""
     kind = LlamaForSequenceClassification if scalar else LlamaForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = kind(LlamaConfig(**SHAPE, num_labels=1, tie_word_embeddings=True, attn_implementation="sdpa"))
+        net = kind(LlamaConfig(**SHAPE, num_labels=outputs, tie_word_embeddings=True, attn_implementation="sdpa"))
     return exact(net, dtype)
 
 
@@ -56,12 +57,21 @@ def exact(net, dtype: torch.dtype = torch.float64):
     return net.to(dtype).eval()
 
 
-def role(seed: int, *, scalar: bool = False, trained: bool = True, dtype: torch.dtype = torch.float64) -> Model:
+def role(
+    seed: int,
+    *,
+    scalar: bool = False,
+    trained: bool = True,
+    dtype: torch.dtype = torch.float64,
+    outputs: int = 1,
+    gated: bool = False,
+) -> Model:
     """The same network as a role of the library."""
-    net = network(seed, scalar=scalar, dtype=dtype)
+    net = network(seed, scalar=scalar, dtype=dtype, outputs=outputs)
     net.requires_grad_(trained)
     net.set_attn_implementation(NAME)
-    return Model(net, scalar=net.score if scalar else None, trained=trained)
+    gate = Gate(SHAPE["hidden_size"], outputs, hidden=8, temperature=0.1, seed=seed).to(dtype) if gated else None
+    return Model(net, scalar=net.score if scalar else None, trained=trained, gate=gate)
 
 
 def random_rows(seed: int, shape: list[tuple[int, list[int]]], mask: str | None = "loss") -> list[Row]:

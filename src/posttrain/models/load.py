@@ -220,25 +220,27 @@ def load_policy(
     return role(model, "policy", lora=lora, seed=seed) if train else model
 
 
-def load_reward(path: str, *, dtype: torch.dtype) -> Model:
-    """Load a reward model saved as ``ForSequenceClassification`` with one label."""
+def load_reward(path: str, *, dtype: torch.dtype, outputs: int = 1) -> Model:
+    """Load a reward model saved as ``ForSequenceClassification`` with one label, or ``outputs`` of them."""
     hf_logging.disable_progress_bar()
     net = _prepare(AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype))
     score: Any = _widened(net)
-    if net.config.num_labels != 1:
-        raise ModelError(f"'{path}' has {net.config.num_labels} labels; a scalar reward model has 1")
+    if net.config.num_labels != outputs:
+        raise ModelError(f"'{path}' has {net.config.num_labels} labels; expected {outputs} (a scalar reward model has 1)")
     return checked(Model(net, scalar=score))
 
 
-def new_reward(path: str, *, dtype: torch.dtype, seed: int = 0, lora: adapters.Lora | None = None) -> Model:
-    """Start a reward model from a language model's trunk; its scalar head starts at ``N(0, 1/(d+1))`` (Stiennon et al. 2020)."""
+def new_reward(
+    path: str, *, dtype: torch.dtype, seed: int = 0, lora: adapters.Lora | None = None, outputs: int = 1
+) -> Model:
+    """Start a reward model from a language model's trunk; its head starts at ``N(0, 1/(d+1))`` (Stiennon et al. 2020)."""
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()  # transformers reports the new head as missing; it is meant to be
-    net = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, num_labels=1)
+    net = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, num_labels=outputs)
     hf_logging.set_verbosity_warning()
     score: Any = _widened(net)
     width = score.weight.shape[1]
-    noise = torch.randn(1, width, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(outputs, width, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         score.weight.copy_(noise / (width + 1) ** 0.5)
     return role(checked(Model(_prepare(net), scalar=score)), "reward", lora=lora, seed=seed)
@@ -280,7 +282,7 @@ def save_merged(model: Model, base: str, directory: Path, tokenizer: Any) -> Non
     kind = AutoModelForCausalLM if model.scalar is None else AutoModelForSequenceClassification
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()
-    extra = {} if model.scalar is None else {"num_labels": 1}
+    extra = {} if model.scalar is None else {"num_labels": model.scalar.out_features}
     net = kind.from_pretrained(base, dtype=torch.float32, **extra)
     hf_logging.set_verbosity_warning()
     state = net.state_dict()

@@ -13,6 +13,7 @@ from posttrain.forest import Forest
 from posttrain.models import lora as adapters
 from posttrain.models.attention import forest_layout
 from posttrain.models.head import read_head
+from posttrain.models.scores import SCORES, score_stats
 from posttrain.ops.token_stats import Head, token_stats
 
 
@@ -23,10 +24,11 @@ class Model:
     Attributes:
         net: a transformers model whose attention is ours.
         adapter: the LoRA adapter that is on in this role; None = the base alone.
-        scalar: the head of a reward or value role, ``[d] -> 1``.
+        scalar: the head of a reward or value role, ``[d] -> 1``, or ``-> k`` of one that scores k attributes.
         trained: whether the role's own parameters are optimised (all of the network if ``adapter`` is None).
-        head_only: of the role's parameters only those of ``scalar`` are optimised.
+        head_only: of the role's parameters only those of ``scalar`` are optimised (only those of ``gate`` if there is one).
         plain: compute every row by itself, for networks where shared prompts were found not to be exact.
+        gate: weights of the head's k outputs, from the state where the prompt ends.
     """
 
     net: PreTrainedModel
@@ -35,6 +37,7 @@ class Model:
     trained: bool = False
     head_only: bool = False
     plain: bool = False
+    gate: nn.Module | None = None
 
     @property
     def trunk(self) -> Any:
@@ -51,6 +54,8 @@ class Model:
         if not self.trained:
             return {}
         scalar = {f"scalar.{k}": p for k, p in self.scalar.named_parameters()} if self.scalar is not None else {}
+        if self.gate is not None:
+            scalar = {f"gate.{k}": p for k, p in self.gate.named_parameters()} | ({} if self.head_only else scalar)
         if self.head_only:
             return scalar
         own = adapters.parameters(self.net, self.adapter) if self.adapter else _trunk_and_head(self)
@@ -108,19 +113,15 @@ def forward_stats(
 ) -> dict[str, Tensor]:
     """Statistics a loss may read, from one pass over the forest.
 
-    ``score`` ``[B]`` at each branch's last token and ``value`` ``[M]`` at the state before each target need a scalar head;
+    Scores need a scalar head (`posttrain.models.scores.score_stats`);
     token statistics (`posttrain.ops.token_stats`) are ``[M]``, computed only where ``mask`` is true and 0 elsewhere.
     Those of two distributions (``kl_from_other`` ...) need the ``other`` model, which is computed without gradient.
     """
     states = hidden_states(model, forest)
     out: dict[str, Tensor] = {}
     if model.scalar is not None:
-        dtype = torch.promote_types(states.dtype, torch.float32)
-        if "score" in want:
-            out["score"] = model.scalar(states.index_select(0, forest.end).to(dtype))[:, 0]
-        if "value" in want:
-            out["value"] = model.scalar(states.index_select(0, forest.source).to(dtype))[:, 0]
-    token_wants = want - {"score", "value"}
+        out |= score_stats(model.scalar, model.gate, states, forest, want, mask)
+    token_wants = want - SCORES
     if token_wants:
         keep = torch.arange(len(forest.target)) if mask is None else mask.nonzero()[:, 0]
         beside = None

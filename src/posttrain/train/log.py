@@ -35,6 +35,12 @@ METRICS: dict[str, Metric] = {
     ),
     "loss/kl": Metric("nats a token", "mean of the estimated KL to the reference, aggregated as loss/policy is"),
     "loss/value": Metric("reward^2", "mean over sampled tokens of the clipped value loss"),
+    "loss/attributes": Metric("rating^2", "mean over prompts of their responses' mean squared error over rated attributes"),
+    "loss/steps": Metric("nats a step", "mean over prompts, their responses and those's labelled steps of the cross-entropy"),
+    "loss/verdict": Metric("nats a response", "mean over responses of the cross-entropy of verdicts and those wanted"),
+    "loss/centring": Metric("reward^2", "mean over prompts of their pairs' mean (s_chosen + s_rejected)^2"),
+    "accuracy/steps": Metric("share", "labelled steps judged as labelled, averaged as loss/steps is"),
+    "accuracy/verdicts": Metric("share", "responses whose likeliest verdict is the one most wanted"),
     "accuracy/pairs": Metric("share", "pairs of the step ordered right, ties one half; prompts count equally"),
     "score/mean": Metric("reward", "mean score of the step's responses"),
     "reward/chosen": Metric(

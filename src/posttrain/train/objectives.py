@@ -16,6 +16,14 @@ from posttrain.ops.masked import masked_sum
 from posttrain.train.policy_gradient import PolicyGradient
 from posttrain.train.preferences import BetaDPO, ExploredPreference, Preference, ScoredPreference, TokenPreference
 from posttrain.train.responses import Listwise, Unpaired, Valued
+from posttrain.train.reward_objectives import (
+    AttributeReward,
+    GatedReward,
+    ListedReward,
+    RankedReward,
+    StepReward,
+    VerdictReward,
+)
 from posttrain.train.terms import (
     Check,
     Stats,
@@ -28,17 +36,23 @@ from posttrain.train.terms import (
 )
 
 __all__ = [
+    "AttributeReward",
     "BetaDPO",
     "ExploredPreference",
+    "GatedReward",
+    "ListedReward",
     "Listwise",
     "PolicyGradient",
     "Preference",
+    "RankedReward",
     "RewardModel",
     "ScoredPreference",
+    "StepReward",
     "Supervised",
     "TokenPreference",
     "Unpaired",
     "Valued",
+    "VerdictReward",
     "objective_of",
     "objectives",
 ]
