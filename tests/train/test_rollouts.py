@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from posttrain.errors import RewardError
+from posttrain.errors import ConfigError, RewardError
 from posttrain.rewards.base import Score
 from posttrain.train.log import METRICS
 from posttrain.train.loop import fit
@@ -85,6 +85,22 @@ def test_a_cut_response_gets_the_cut_score():
     assert torch.equal(cut.branches["reward"][~truncated], plain.branches["reward"][~truncated])
     _, returns = by_hand(cut, range(8), cut.branches["reward"].tolist(), 0.1)
     assert cut.tokens["return"].tolist() == pytest.approx(returns, abs=1e-9)
+
+
+def test_without_a_reference_its_kl_is_neither_asked_nor_measured():
+    one, two = source(kl=0.0), source(kl=0.0)
+    two.reference, two.policy = None, POLICY
+    batch, bare = one(0), two(0)
+    assert set(batch.tokens) - set(bare.tokens) == {"ref_logp"}
+    assert all(torch.equal(batch.tokens[name], x) for name, x in bare.tokens.items())
+    asked = {"kl/mean", "kl/stop", "kl/after_stop"}
+    assert {k: v for k, v in one.metrics(0).items() if k not in asked and not METRICS[k].wall_clock} == {
+        k: v for k, v in two.metrics(0).items() if not METRICS[k].wall_clock
+    }
+    assert {r["kl"] for r in records_of(two)} == {None}
+    two.plan = source().plan
+    with pytest.raises(ConfigError, match=r"no reference, kl=0\.1; expected kl=0"):
+        two(0)
 
 
 def test_wrong_rewards_are_refused():

@@ -52,14 +52,14 @@ def estimate(
         advantage: the estimator; None = whitened GAE.
         forest: of `group_forest`.
         live: tokens of responses that have a score, ``[M]``.
-        tokens: ``old_logp``, ``ref_logp`` and, with a critic, ``old_value``, all ``[M]``.
+        tokens: ``old_logp``, ``ref_logp`` unless ``kl`` is 0, and, with a critic, ``old_value``, all ``[M]``.
         kl: coefficient of the penalty in the reward.
     """
     size, dtype = len(forest.end), tokens["old_logp"].dtype
     score = torch.tensor([s or 0.0 for g in groups for s in g.scores], dtype=dtype)
     wide = {name: to_padded(x, forest.branch, size)[0] for name, x in tokens.items()}
     on, real = to_padded(live, forest.branch, size)
-    reward = token_reward(score, wide["old_logp"], wide["ref_logp"], on, kl=kl)
+    reward = token_reward(score, wide["old_logp"], wide["ref_logp" if kl else "old_logp"], on, kl=kl)
     if plan.whiten_rewards:
         reward = whiten(reward, on, shift=False)
     values = wide.get("old_value")
@@ -111,16 +111,17 @@ def rollout_metrics(
     scores = [s for g in groups for s in g.scores]
     rollouts = [r for g in groups for r in g.rollouts]
     known = torch.tensor([s for s in scores if s is not None])
-    kl = segment_sum(tokens["old_logp"] - tokens["ref_logp"], forest.branch, len(rollouts))
     found = {
         "reward/mean": float(known.mean()),
         "reward/std": float(known.std(correction=0)),
-        "kl/mean": float(kl.mean()),
         "policy/entropy": float(-masked_mean(tokens["old_logp"], live)),
         "length/mean": sum(len(r.ids) for r in rollouts) / len(rollouts),
         "truncated/share": sum(r.truncated for r in rollouts) / len(rollouts),
         "abstained/share": sum(s is None for s in scores) / len(scores),
     }
+    if "ref_logp" in tokens:
+        kl = segment_sum(tokens["old_logp"] - tokens["ref_logp"], forest.branch, len(rollouts))
+        found["kl/mean"] = float(kl.mean())
     if plan.least > 1 or plan.greedy:
         found["groups/dropped"] = sum(not any(g.live(plan)) for g in groups) / len(groups)
     if "old_value" in tokens:

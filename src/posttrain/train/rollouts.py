@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain.errors import CheckError, RewardError
+from posttrain.errors import CheckError, ConfigError, RewardError
 from posttrain.forest import Batch, split
 from posttrain.losses.shaping import adaptive_kl, overlong_penalty
 from posttrain.models.policy import Model, forward_stats
@@ -35,8 +35,9 @@ class RolloutSource:
     """Fresh samples of the policy every ``plan.updates`` steps, with everything a policy-gradient loss reads.
 
     ``advantage`` is an estimator (`posttrain.losses.advantages`), None = GAE by the plan's numbers. ``value`` None = no
-    critic. ``mismatch`` weights tokens where the engine is not the trainer (`posttrain.losses.shaping.mismatch_weights`),
-    whose log-probabilities under ``policy`` then serve as the old ones. ``on_samples`` receives what ``samples.jsonl`` keeps.
+    critic; ``reference`` None = the KL is neither penalised nor measured, and ``policy`` must be given. ``mismatch`` weights
+    tokens where the engine is not the trainer (`posttrain.losses.shaping.mismatch_weights`), whose log-probabilities under
+    ``policy`` then serve as the old ones. ``on_samples`` receives what ``samples.jsonl`` keeps.
     ``journal`` keeps rollouts, scores and values before they are used, so that a run goes on from any step; one without a
     directory keeps nothing, and a run then goes on from between rollouts only.
     """
@@ -46,7 +47,7 @@ class RolloutSource:
     prompt_ids: Sequence[Sequence[int]]
     engine: Engine
     reward: Reward
-    reference: Model
+    reference: Model | None
     value: Model | None
     decode: Callable[[Sequence[int]], str]
     advantage: Advantage | None = None
@@ -145,9 +146,13 @@ class RolloutSource:
             "time/score": time.perf_counter() - began - spent,
             "data/epoch": (step // self.plan.updates + 1) * self.plan.prompts * self.plan.rounds / len(self.examples),
         }
-        self._pending, self._begun = updates(batch, self.plan.updates), step
+        self._pending, self._begun = self._cut(batch), step
         if not again:
             self.on_samples(step, self._records(completions, groups, batch))
+
+    def _cut(self, batch: Batch) -> list[Batch]:
+        """The rollout as one batch an update."""
+        return updates(batch, self.plan.updates)
 
     def _gather(self, step: int) -> tuple[list[Group], list[Completion], float]:
         """The rollout's groups with their responses as the reward saw them, and the seconds spent on sampling.
@@ -299,7 +304,10 @@ class RolloutSource:
             raise RewardError(
                 "no prompt of the rollout has enough responses with a score (and, where it is asked for, a baseline)"
             )
-        wide = torch.promote_types(self.reference.net.dtype, torch.float32)
+        model = self.reference or self.policy
+        if model is None or (self.reference is None and plan.kl):
+            raise ConfigError(f"got no reference, kl={plan.kl:g}; expected kl=0 and the policy where there is no reference")
+        wide = torch.promote_types(model.net.dtype, torch.float32)
         sampled = torch.tensor([x for r in rollouts for x in r.logp], dtype=wide)
         batch = Batch(forest, {"old_logp": sampled}, {}, {})
         which = stable_hash([r.ids for r in rollouts])
@@ -364,8 +372,10 @@ class RolloutSource:
     ) -> list[dict[str, Any]]:
         """A line of ``samples.jsonl`` for each response."""
         scores = [s for g in groups for s in g.scores]
-        gap = batch.tokens["old_logp"] - batch.tokens["ref_logp"]
-        kl = segment_sum(gap, batch.forest.branch, len(completions)).tolist()
+        kl: list[float | None] = [None] * len(completions)
+        if "ref_logp" in batch.tokens:
+            gap = batch.tokens["old_logp"] - batch.tokens["ref_logp"]
+            kl = segment_sum(gap, batch.forest.branch, len(completions)).tolist()
         return [
             {
                 "prompt": c.example.prompt[-1].content,

@@ -29,7 +29,7 @@ def signs(
         rollouts: its responses, ``samples`` a prompt, in prompt order.
         scores: their rewards, None = abstained.
         samples: responses a prompt.
-        tokens: ``old_logp`` and ``ref_logp``, ``[M]``.
+        tokens: ``old_logp`` and, if there is a reference, ``ref_logp``, ``[M]``.
         stop_ids: every id that ends a response.
 
     Raises:
@@ -40,19 +40,20 @@ def signs(
         raise CheckError(
             f"the sampler gave a log-probability of {worst:.3g} nats; expected at most 0: these are no log-probabilities"
         )
-    forest, size = batch.forest, len(rollouts)
+    lengths = sorted(len(r.ids) for r in rollouts)
+    found = {"length/p95": float(lengths[-(-95 * len(rollouts) // 100) - 1]), **_groups(rollouts, scores, samples)}
+    return found | (_kl_at_stops(batch, tokens, stop_ids) if "ref_logp" in tokens else {})
+
+
+def _kl_at_stops(batch: Batch, tokens: Mapping[str, Tensor], stop_ids: frozenset[int]) -> dict[str, float]:
+    """KL to the reference, in nats a response, that stands on stop tokens, and on what follows one."""
+    forest, size = batch.forest, len(batch.forest.end)
     gap = (tokens["old_logp"] - tokens["ref_logp"]).double()
     stop = torch.isin(forest.target, torch.tensor(sorted(stop_ids), dtype=torch.long))
     before = stop.long().cumsum(0) - stop.long()  # stop tokens in earlier places, of earlier branches too
     first = forest.lengths.cumsum(0) - forest.lengths
     after = before > before[first][forest.branch]
-    lengths = sorted(len(r.ids) for r in rollouts)
-    return {
-        "kl/stop": float(gap[stop & ~after].sum()) / size,
-        "kl/after_stop": float(gap[after].sum()) / size,
-        "length/p95": float(lengths[-(-95 * size // 100) - 1]),
-        **_groups(rollouts, scores, samples),
-    }
+    return {"kl/stop": float(gap[stop & ~after].sum()) / size, "kl/after_stop": float(gap[after].sum()) / size}
 
 
 def _groups(rollouts: Sequence[Rollout], scores: Sequence[float | None], samples: int) -> dict[str, float]:
