@@ -112,6 +112,7 @@ def train(job: Job, clock: Clock) -> dict[str, Any]:
             directory=Path(folder),
             steps=steps,
             max_tokens=MAX_TOKENS[job["device"]],
+            checkpointing=job.get("checkpointing", False),
             save_every=steps + 1,
             console=Console(quiet=True),
         )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +16,7 @@ from posttrain.forest import Forest
 from posttrain.models import lora as adapters
 from posttrain.models.attention import forest_layout
 from posttrain.models.head import read_head
+from posttrain.models.recompute import recomputed
 from posttrain.models.scores import SCORES, score_stats
 from posttrain.ops.token_stats import Head, token_stats
 
@@ -28,6 +32,8 @@ class Model:
         trained: whether the role's own parameters are optimised (all of the network if ``adapter`` is None).
         head_only: of the role's parameters only those of ``scalar`` are optimised (only those of ``gate`` if there is one).
         plain: compute every row by itself, for networks where shared prompts were found not to be exact.
+        checkpointing: keep each layer's input only, and compute the layer again in the backward pass: less memory for a
+            third more time, and the same numbers.
         gate: weights of the head's k outputs, from the state where the prompt ends.
     """
 
@@ -37,6 +43,7 @@ class Model:
     trained: bool = False
     head_only: bool = False
     plain: bool = False
+    checkpointing: bool = False
     gate: nn.Module | None = None
 
     @property
@@ -70,9 +77,10 @@ def _trunk_and_head(model: Model) -> dict[str, nn.Parameter]:
 
 def hidden_states(model: Model, forest: Forest) -> Tensor:
     """Final states ``[N, d]`` of the trunk over a forest; each prompt is computed once."""
-    with adapters.active(model.net, model.adapter):
+    state = partial(_switched, model)
+    with state(), recomputed(model.trunk, state) if model.checkpointing else nullcontext():
         if model.plain:
-            return _plain_states(model, forest)
+            return _own_rows(model, forest)
         layout = forest_layout(forest)
         out = model.trunk(
             input_ids=forest.ids[None], position_ids=forest.positions[None], use_cache=False, layout=layout
@@ -80,19 +88,24 @@ def hidden_states(model: Model, forest: Forest) -> Tensor:
         return out.last_hidden_state[0]
 
 
-def _plain_states(model: Model, forest: Forest) -> Tensor:
+@contextmanager
+def _switched(model: Model) -> Iterator[None]:
+    """Run with the shared network as this role has it: its adapter on, and for plain rows the network's own attention."""
+    with adapters.active(model.net, model.adapter):
+        if not model.plain:
+            yield
+            return
+        ours: Any = model.net.config._attn_implementation
+        model.net.set_attn_implementation("eager")  # what every network has, windows and soft-caps included
+        try:
+            yield
+        finally:
+            model.net.set_attn_implementation(ours)
+
+
+def _own_rows(model: Model, forest: Forest) -> Tensor:
     """The same states from one ordinary row for each branch, by transformers' own attention; the prompt's from its first branch."""
     parts: list[Tensor] = []
-    ours: Any = model.net.config._attn_implementation
-    model.net.set_attn_implementation("eager")  # the implementation every network has, windows and soft-caps included
-    try:
-        return _own_rows(model, forest, parts)
-    finally:
-        model.net.set_attn_implementation(ours)
-
-
-def _own_rows(model: Model, forest: Forest, parts: list[Tensor]) -> Tensor:
-    """One forward pass for each branch, with its prompt before it."""
     for tree in forest.trees:
         (start, end) = tree.prompt
         for k, (begin, stop) in enumerate(tree.branches):

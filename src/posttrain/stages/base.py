@@ -55,7 +55,7 @@ class Stage:
     WORK: ClassVar[str] = ""
     TINY: ClassVar[Mapping[str, Any]] = {}
     DATA: ClassVar[tuple[str, ...]] = ()
-    KNOBS: ClassVar[frozenset[str]] = frozenset({"max_tokens", "save_every", "keep"})
+    KNOBS: ClassVar[frozenset[str]] = frozenset({"max_tokens", "checkpointing", "save_every", "keep"})
 
     def run(self, ctx: Context) -> None:
         """Do the work, writing into ``ctx.dir``; on a second call, continue from the last checkpoint.

@@ -11,6 +11,9 @@ from posttrain.errors import ConfigError
 from posttrain.stages.base import PARAMETERS, TOKENS_A_ROW, History, Overlong, Plan, Stage
 from posttrain.train.algorithms import Algorithm, check_penalty, find_algorithm
 
+KEPT, KEPT_CHECKPOINTED = 1.05e6, 0.1e6
+"""Bytes that the default model's layers keep of a token in bf16, and with their inputs alone kept."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Training(Stage):
@@ -19,6 +22,8 @@ class Training(Stage):
     ``model`` is a name, a directory or an earlier stage; ``lora_rank`` 0 trains the whole network; ``dtype`` "auto" is
     bf16 where the processor multiplies it faster than fp32. ``max_tokens`` is the memory knob. A checkpoint is written every
     ``save_every`` steps and the newest ``keep`` stay. ``skip_bad`` faulty rows of the data are left out and counted.
+
+    ``checkpointing`` computes what layers keep for the backward pass again: less memory, a third more time, equal numbers.
     """
 
     model: str | Stage = "smollm2"
@@ -32,6 +37,7 @@ class Training(Stage):
     max_length: int = 2048
     overlong: Overlong = "error"
     max_tokens: int = 1024
+    checkpointing: bool = False
     save_every: int = 10
     keep: int = 2
     limit: int | None = None
@@ -47,12 +53,16 @@ class Training(Stage):
             )
 
     def step_flops(self, tokens: float) -> float:
-        """Forward and backward of ``tokens``: 6 operations a parameter, 4.4 when only adapters are trained."""
-        return (4.4 if self.lora_rank else 6.0) * PARAMETERS * tokens
+        """Forward and backward of ``tokens``: 6 operations a parameter, 4.4 when only adapters are trained; 2 to compute again."""
+        return ((4.4 if self.lora_rank else 6.0) + 2.0 * self.checkpointing) * PARAMETERS * tokens
 
     def weights(self) -> float:
         """Bytes of weights, masters and moments."""
         return PARAMETERS * (4.5 if self.lora_rank else 16.0)
+
+    def working(self) -> float:
+        """Bytes of a step beyond `weights`: gradients, a chunk of logits, what layers keep of each token of a pass."""
+        return 0.9e9 + (KEPT_CHECKPOINTED if self.checkpointing else KEPT) * self.max_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +115,7 @@ class SFT(Training):
         """96 demonstrations, unless limited."""
         rows = min(self.limit or 96, 96)
         tokens = int(rows * TOKENS_A_ROW * self.epochs)
-        return Plan(rows=rows, tokens=tokens, flops=self.step_flops(tokens), memory=self.weights() + 2e9)
+        return Plan(rows=rows, tokens=tokens, flops=self.step_flops(tokens), memory=self.weights() + self.working())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +144,7 @@ class TrainReward(Training):
         """128 rankings of four, the prompt of each computed once."""
         rows = self.rows[1] - self.rows[0] if self.rows else min(self.limit or 128, 128)
         tokens = int(rows * 230 * self.epochs)
-        return Plan(rows=rows, tokens=tokens, flops=self.step_flops(tokens), memory=self.weights() + 2e9)
+        return Plan(rows=rows, tokens=tokens, flops=self.step_flops(tokens), memory=self.weights() + self.working())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +193,7 @@ class Prefer(Training):
         rows = min(self.limit or 128, 128)
         tokens = int(rows * 230 * self.epochs)
         flops = self.step_flops(tokens) + 2 * PARAMETERS * rows * 230
-        return Plan(rows=rows, tokens=tokens, flops=flops, memory=self.weights() + 2e9)
+        return Plan(rows=rows, tokens=tokens, flops=flops, memory=self.weights() + self.working())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,4 +334,4 @@ class Reinforce(Training):
         tokens = int(samples * (50 / self.samples_per_prompt + 0.7 * self.max_new_tokens))
         critic = 2.0 if self.lora_rank and not self.value_rank else 4.4
         flops = self.step_flops(tokens) + (2 * 3 + critic) * PARAMETERS * tokens
-        return Plan(rows=samples, tokens=tokens, flops=flops, memory=2 * self.weights() + 2e9)
+        return Plan(rows=samples, tokens=tokens, flops=flops, memory=2 * self.weights() + self.working())

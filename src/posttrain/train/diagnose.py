@@ -141,7 +141,7 @@ def memory_forecast(models: Mapping[str, Model], tokens: int) -> float:
     """Bytes of the first steps beyond the weights.
 
     Gradients, both AdamW moments, masters' gradients, a checkpoint's copy of masters and moments, activations of one
-    micro-batch, and a chunk of logits.
+    micro-batch (layers that are computed again keep their input, and one of them at a time the rest), and a chunk of logits.
     """
     state = activations = 0.0
     for model in models.values():
@@ -151,7 +151,9 @@ def memory_forecast(models: Mapping[str, Model], tokens: int) -> float:
         config: Any = model.net.config
         width = 8 * config.hidden_size + 4 * getattr(config, "intermediate_size", 4 * config.hidden_size)
         size = next(model.net.parameters()).element_size()
-        activations = max(activations, float(tokens * config.num_hidden_layers * width * size))
+        layers = config.num_hidden_layers
+        kept = layers * config.hidden_size + width if model.checkpointing else layers * width
+        activations = max(activations, float(tokens * kept * size))
     return state + activations + 2 * 64 * 2**20
 
 

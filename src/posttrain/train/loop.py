@@ -6,7 +6,7 @@ import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -32,9 +32,10 @@ from posttrain.train.terms import Objective
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One training run: where it writes, how long it is, and the memory knob, which can't change a result.
+    """One training run: where it writes, how long it is, and the memory knobs, which can't change a result.
 
-    ``max_tokens`` is the most packed tokens of one forward pass; ``save_every`` counts steps. The newest ``keep`` checkpoints
+    ``max_tokens`` is the most packed tokens of one forward pass, ``checkpointing`` computes layers again in the backward
+    pass instead of keeping what they computed; ``save_every`` counts steps. The newest ``keep`` checkpoints
     stay, and the best by the metric ``best`` (``-NAME``: less is better). ``max_bad_steps`` steps in a row that are not
     finite end the run.
     """
@@ -48,6 +49,7 @@ class Run:
     keep: int = 2
     best: str = ""
     max_bad_steps: int = 3
+    checkpointing: bool = False
 
 
 Hook = Callable[[int, Mapping[str, float]], None]
@@ -73,6 +75,7 @@ def fit(
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the step was finished and saved.
         OSError: a checkpoint could not be written; those before it are as they were.
     """
+    models = {r: replace(m, checkpointing=m.checkpointing or run.checkpointing) for r, m in models.items()}
     optimizer = MasterAdamW({role: model.parameters() for role, model in models.items()}, optim)
     place = run.directory / "checkpoints"
     start, length = restore(place, run.title, run.steps, optimizer, source, objective, run.console)

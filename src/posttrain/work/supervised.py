@@ -47,6 +47,7 @@ def training_run(stage: Training, ctx: Context, steps: int, title: str) -> Run:
         directory=ctx.dir,
         steps=steps,
         max_tokens=stage.max_tokens,
+        checkpointing=stage.checkpointing,
         save_every=stage.save_every,
         keep=stage.keep,
         console=ctx.console,
