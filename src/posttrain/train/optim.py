@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.errors import CheckError, ConfigError
+from posttrain.train.online_merging import OnlineMerge
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +19,8 @@ class Optim:
 
     ``lr`` is the peak for every role, ``role_lr`` overrides it by role; the schedule is a linear warm-up over
     ``warmup_steps`` from ``1 / warmup_steps`` of the peak, then ``schedule``: "constant", "linear" or "cosine" down to
-    ``floor`` of the peak, reached one step after the last. ``clip`` bounds the gradient's norm, role by role.
+    ``floor`` of the peak, reached one step after the last. ``clip`` bounds the gradient's norm, role by role. With ``merge``
+    each step is merged with what the start model had learnt since its base.
     """
 
     lr: float
@@ -30,6 +32,7 @@ class Optim:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip: float = 1.0
+    merge: OnlineMerge | None = None
 
 
 def schedule_factor(optim: Optim, step: int, steps: int) -> float:
@@ -98,7 +101,13 @@ class MasterAdamW:
         self.before_change()
         for group in self.inner.param_groups:
             group["lr"] = factor * self.optim.role_lr.get(group["name"], self.optim.lr)
+        starts = self._decayed()
         self.inner.step()
+        for (role, name), start in starts.items():
+            assert self.optim.merge is not None
+            master = self.masters[role][name]
+            step = int(self.inner.state[master]["step"])
+            master.data.copy_(self.optim.merge.merged(role, name, step, start, master.data))
         for role, named in self.roles.items():
             for name, parameter in named.items():
                 master = self.masters[role][name]
@@ -106,6 +115,17 @@ class MasterAdamW:
                     parameter.data.copy_(master)
         self.clear()
         return total
+
+    def _decayed(self) -> dict[tuple[str, str], Tensor]:
+        """Copies of the masters that are merged, after the weight decay of this step: decay is no part of what is merged."""
+        task = {} if self.optim.merge is None else self.optim.merge.task
+        rates = {group["name"]: group["lr"] for group in self.inner.param_groups}
+        return {
+            (role, name): master.detach() * (1 - rates[role] * self.optim.weight_decay)
+            for role, named in self.masters.items()
+            for name, master in named.items()
+            if name in task.get(role, {}) and master.grad is not None
+        }
 
     def clear(self) -> None:
         """Drop all gradients."""
