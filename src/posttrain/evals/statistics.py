@@ -186,7 +186,7 @@ def spearman(a: ArrayLike, b: ArrayLike) -> float:
         ConfigError: fewer than two values, lengths that differ, a value that is not finite.
     """
     x, y = _two(a, b)
-    x, y = _mean_ranks(x), _mean_ranks(y)
+    x, y = rank_values(x), rank_values(y)
     x, y = x - x.mean(), y - y.mean()
     scale = math.sqrt(float(x @ x) * float(y @ y))
     return float(x @ y) / scale if scale > 0 else math.nan
@@ -286,8 +286,8 @@ def _two(a: ArrayLike, b: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.fl
     return x, y
 
 
-def _mean_ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Rank from 1 upward; equal values share the mean of the ranks they cover."""
+def rank_values(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Rank ``[N]`` values from 1 upward; equal ones share the mean of the ranks they cover."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return (last - (counts - 1) / 2)[inverse]

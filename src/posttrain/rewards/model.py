@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from posttrain.forest import Batch, Branch, Row, build_forest, split
-from posttrain.models.policy import Model, forward_stats
+from posttrain.models.policy import Model, forward_stats, hidden_states
 from posttrain.rewards.base import Completion, Reward, Score
 
 
@@ -26,6 +28,23 @@ def score_rows(
     for row in rows:
         out.append([scores.pop(0) for _ in row.branches])
     return out
+
+
+def features_and_scores(
+    model: Model, rows: Sequence[Row], *, max_tokens: int = 1024
+) -> tuple[list[NDArray[np.float64]], list[list[float]]]:
+    """The trunk's states at each response's score token, ``[K, d]`` a row, and the scores; one pass."""
+    batch = Batch(build_forest(rows), {}, {}, {})
+    states: list[torch.Tensor] = []
+    with torch.no_grad():
+        for part in split(batch, max_tokens, whole_groups=False):
+            states.append(hidden_states(model, part.forest).index_select(0, part.forest.end))
+        flat = torch.cat(states)
+        flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
+        assert model.scalar is not None
+        found = model.scalar(flat)[:, 0].tolist()
+    ends = np.cumsum([len(row.branches) for row in rows])[:-1]
+    return np.split(flat.double().numpy(), ends), [x.tolist() for x in np.split(np.array(found), ends)]
 
 
 def group_rows(completions: Sequence[Completion]) -> tuple[list[Row], list[tuple[int, int]]]:
