@@ -122,7 +122,8 @@ def training_jobs(options: argparse.Namespace, model: str, folder: Path) -> tupl
         once = {"dtype": "fp32", "rows": dealt[:batch] * 2}
         jobs["check"] = {"ours": ours | once, "check": theirs | once}
     if row == "dpo":
-        jobs["memory"] = columns(rows=long_pair(items, LONG), per_step=1)
+        long = {"rows": long_pair(items, LONG), "per_step": 1}
+        jobs["memory"] = columns(**long) | {"ours checkpointed": ours | long | {"checkpointing": True}}
     return about, jobs
 
 

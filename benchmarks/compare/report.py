@@ -188,16 +188,25 @@ def drift_line(session: Session) -> str:
     )
 
 
+CHECKPOINTING = {"on": ("ours checkpointed", "defaults"), "off": ("ours", "tuned")}
+"""Columns whose memory is compared: those with activation checkpointing, and those without."""
+
+
 def memory_lines(session: Session) -> list[str]:
-    """Peak memory of one long pair a step, above weights, masters, moments and libraries."""
+    """Peak memory of one long pair a step, above weights, masters, moments and libraries, and the seconds of that step."""
     found = {r["column"]: r for r in session.results if r["part"] == "memory"}
-    lines = []
-    for column, result in found.items():
-        copy = f", {result['copy'] / 1e6:.0f} of them the reference's weights" if result.get("copy") else ""
-        lines.append(
-            f"memory, one pair a step of {session.header['long']} tokens, {column}: {result['above'] / 1e6:.0f} MB{copy}"
-        )
-    for column in ("defaults", "tuned"):
-        if {"ours", column} <= set(found):
-            lines.append(f"  ours is {found['ours']['above'] / found[column]['above']:.0%} of {column}")
+    lines: list[str] = []
+    for setting, columns in CHECKPOINTING.items():
+        mine, theirs = (found.get(c) for c in columns)
+        for column, result in zip(columns, (mine, theirs), strict=True):
+            if result is not None:
+                copy = f", {result['copy'] / 1e6:.0f} of them the reference's weights" if result.get("copy") else ""
+                times = median(step["total"] for step in result["steps"])
+                lines.append(
+                    f"memory, one pair a step of {session.header['long']} tokens, checkpointing {setting}, {column}: "
+                    f"{result['above'] / 1e6:.0f} MB{copy}; {times:.1f} s a step"
+                )
+        if mine and theirs:
+            share = mine["above"] / theirs["above"]
+            lines.append(f"  checkpointing {setting}, both sides: ours takes {share:.0%} of the peer's memory")
     return lines

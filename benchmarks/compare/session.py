@@ -51,7 +51,7 @@ class Session:
             with self.file.open("a") as out:
                 out.write(json.dumps(record) + "\n")
             seconds = ", ".join(f"{step['total']:.1f}" for step in result["steps"])
-            name = "ours" if task.side == "ours" else f"{task.side} {task.column}"
+            name = task.column if task.side == "ours" else f"{task.side} {task.column}"
             print(f"{task.part}, {name}: {f'steps of {seconds} s' if seconds else 'done'}", flush=True)
 
 
@@ -89,7 +89,7 @@ def plan(jobs: dict[str, dict[str, Job]], repeats: int, peer: str) -> list[Task]
 
     def tasks(part: str, kind: str, backwards: bool = False) -> list[Task]:
         columns = sorted(jobs.get(kind, {}).items(), key=lambda item: item[0] != "ours", reverse=backwards)
-        return [Task(part, c, "ours" if c == "ours" else peer, job) for c, job in columns]
+        return [Task(part, c, "ours" if c.startswith("ours") else peer, job) for c, job in columns]
 
     timed = [task for r in range(repeats) for task in tasks(f"repeat {r + 1}", "repeat", backwards=r % 2 == 1)]
     return [*tasks("check", "check"), *timed, *tasks("memory", "memory")]
