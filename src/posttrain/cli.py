@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import posttrain
 from posttrain.arguments import convert, flag, flags, keyword_options, split, type_name
+from posttrain.cli_compare import compare, gather_losses
 from posttrain.cli_data import dispatch as dispatch_data
 from posttrain.cli_list import list_names
 from posttrain.cli_runs import diff, gather, replay, rerun, show_finished, sweep
@@ -171,11 +172,15 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "replay": replay,
     "rerun": rerun,
     "sweep": sweep,
+    "compare": compare,
     "chat": chat,
     "data": dispatch_data,
     "doctor": doctor,
     "list": list_names,
 }
+
+GATHERED: dict[str, Callable[[list[str]], list[str]]] = {"sweep": gather, "compare": gather_losses}
+"""What joins the arguments of commands that take several values for one parameter."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -206,7 +211,7 @@ def dispatch(args: list[str]) -> int:
     elif "-h" in args or "--help" in args:
         print(usage(args[0], [arg for arg in args[1:] if arg not in ("-h", "--help")]))
     else:
-        return call(args[0], gather(args[1:]) if args[0] == "sweep" else args[1:])
+        return call(args[0], GATHERED.get(args[0], list)(args[1:]))
     return 0
 
 

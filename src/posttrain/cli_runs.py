@@ -177,6 +177,10 @@ def show_finished(directory: Path) -> None:
     if "points" not in found:
         problem = f"{directory} is a sweep that was cut off; repeat its command to finish it"
         raise ConfigError(f"{problem}, or show one of its runs, {directory}/POINT-seedN")
+    if "objectives" in found:
+        from posttrain.cli_compare import show_compare
+
+        return show_compare(found, directory)
     show_sweep(found, directory)
 
 

@@ -119,6 +119,28 @@ class EvaluatePreference(HeldOut, _TrainedPolicy):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeasurePreference(HeldOut, _TrainedPolicy):
+    """What training on preferences did to a policy: margins on held-out rankings, and KL and length of its own answers.
+
+    ``reference`` is what the policy started from; both are sampled ``samples`` times a held-out prompt. Writes
+    ``results.json``.
+    """
+
+    WORK: ClassVar[str] = "posttrain.work.measure:run"
+    TINY: ClassVar[Mapping[str, Any]] = {
+        "reference": "small", "data": "smallworld", "test": "smallworld", "max_new_tokens": 32,
+    }  # fmt: skip
+    samples: int = 1
+    max_new_tokens: int = 64
+
+    def plan(self) -> Plan:
+        """Two models over 48 held-out rankings, and their answers to the prompts."""
+        rows = self.test_limit or 48
+        tokens = 2 * rows * (230 + self.samples * (50 + self.max_new_tokens))
+        return Plan(rows=rows, tokens=tokens, flops=4 * PARAMETERS * tokens, memory=PARAMETERS * 8 + 1e9)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Merge(Stage):
     """Write a policy as one plain model directory: its adapter merged into the weights of the stage it started from."""
 
