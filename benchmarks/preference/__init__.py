@@ -1,0 +1,1 @@
+"""Preference objectives measured: what each targets, and effects declared beforehand."""
