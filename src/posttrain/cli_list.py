@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def list_names(kind: str = "all", /) -> None:
-    """List recipes, methods, algorithms, losses and objectives; KIND is one of these words.
+    """List recipes, methods, algorithms, kinds of reward models, losses and objectives; KIND is one of these words.
 
     Of a loss it says the formula, what it needs beside the policy's own numbers ("whole step": its value depends on the
     other rows), and the paper.
@@ -129,10 +129,21 @@ def algorithm_grids() -> Iterator[Grid]:
     yield Grid(title="Algorithms: posttrain train ALGORITHM", header=header, rows=tuple(rows), left=tuple(range(8)))
 
 
+def kind_grids() -> Iterator[Grid]:
+    """Yield the table of kinds of reward models."""
+    from posttrain.evals.grids import Grid
+    from posttrain.rewards.kinds import KINDS as KINDS_OF_REWARDS
+
+    rows = tuple((name, kind.loss or "its own", kind.data, kind.summary) for name, kind in KINDS_OF_REWARDS.items())
+    header = ("kind", "loss of pairs", "answers need", "what it is")
+    yield Grid(title="Reward models: posttrain train reward --kind KIND", header=header, rows=rows, left=(0, 1, 2, 3))
+
+
 KINDS: dict[str, Callable[[], Iterator[Grid]]] = {
     "recipes": recipe_grids,
     "methods": method_grids,
     "algorithms": algorithm_grids,
+    "kinds": kind_grids,
     "losses": loss_grids,
     "objectives": objective_grids,
 }

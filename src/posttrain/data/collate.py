@@ -175,6 +175,29 @@ def ranking_rows(
     return _collate(tokenizer, rankings(examples), ask, make, max_length, overlong)
 
 
+def response_rows(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, max_length: int, overlong: Overlong = "error"
+) -> tuple[list[Row], Report]:
+    """Return a row for each example, a branch for each of its responses, ranked or not; as `ranking_rows` otherwise.
+
+    Raises:
+        DataError: as `ranking_rows`, but any one response and any ranks will do.
+    """
+
+    def ask(example: Example, position: int) -> list[Ask]:
+        if not example.responses:
+            raise fault(example, position, "responses", "no response", "give at least one")
+        prompt = silent(example.prompt)
+        answers = [Ask([*prompt, *r.messages], example.tools, answer_from=len(prompt)) for r in example.responses]
+        return [Ask(prompt, example.tools, generation_prompt=True), *answers]
+
+    def make(example: Example, position: int, rendered: Sequence[Rendered]) -> list[Row]:
+        return [Row(rendered[0].ids, [_branch(example, position, answer) for answer in rendered[1:]])]
+
+    unranked = [replace(e, responses=tuple(replace(r, rank=None) for r in e.responses)) for e in examples]
+    return _collate(tokenizer, unranked, ask, make, max_length, overlong)
+
+
 def prompt_ids(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],

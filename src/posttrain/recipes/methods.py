@@ -8,7 +8,7 @@ from dataclasses import replace
 from posttrain.recipes.dpo import dpo as dpo_recipe
 from posttrain.recipes.instructgpt import instructgpt
 from posttrain.recipes.reward_model import reward_model
-from posttrain.stages import Prefer, PreferLabelled, Recipe
+from posttrain.stages import Prefer, PreferLabelled, Recipe, TrainReward, TrainScorer
 
 
 def sft() -> Recipe:
@@ -16,9 +16,12 @@ def sft() -> Recipe:
     return Recipe("train-sft", {"sft": instructgpt().stages["sft"]}, "supervised fine-tuning")
 
 
-def reward() -> Recipe:
-    """A Bradley-Terry reward model on pairs or rankings."""
-    return Recipe("train-reward", {"reward": reward_model().stages["reward"]}, "a reward model")
+def reward(kind: str = "bradley_terry") -> Recipe:
+    """A reward model of a kind (`posttrain list kinds`), Bradley-Terry on pairs or rankings unless named."""
+    stage = reward_model().stages["reward"]
+    if kind != "bradley_terry":
+        stage = TrainScorer(**{k: v for k, v in vars(stage).items() if k in vars(TrainReward())}, kind=kind)
+    return Recipe("train-reward", {"reward": stage}, "a reward model")
 
 
 def dpo() -> Recipe:

@@ -5,6 +5,7 @@ These files import no torch, so that a recipe can be listed and forecast at once
 
 from posttrain.stages.base import Context, Overlong, Plan, Recipe, Stage, stage_model
 from posttrain.stages.closing import Evaluate, EvaluatePreference, EvaluateReward, HeldOut, MeasurePreference, Merge
+from posttrain.stages.scoring import TrainScorer
 from posttrain.stages.training import SFT, Prefer, PreferLabelled, Pretrain, Reinforce, Training, TrainReward
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Reinforce",
     "Stage",
     "TrainReward",
+    "TrainScorer",
     "Training",
     "stage_model",
 ]
