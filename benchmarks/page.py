@@ -18,15 +18,17 @@ INTRO = """# Performance
 
 Made by `python -m benchmarks.page` from the files in `benchmarks/results`; each row is made again by the command below its
 name. Both sides train all weights of one model with AdamW on the same token ids, each through its own training loop, in
-processes of their own that take turns; in `generate` they sample responses of the same forced lengths. Before anything
-is timed, the first batch must give the same loss, gradient norm and log-probabilities (tokens in `generate`) on both
-sides in fp32, before and after one update.
+processes of their own that take turns. Where responses are sampled (`generate`, `grpo step`, `ppo`) their lengths are drawn
+once, skewed, with a mean of 0.35 of the longest, and forced on both sides. `grpo update` trains on given completions with
+given advantages and old log-probabilities; a `step` samples them, scores them by length and updates, without a reference;
+TRL has no PPO. Before anything is timed, the first batch must give the same loss, gradient norm and log-probabilities
+(tokens in `generate`) on both sides in fp32, before and after one update.
 
 A ratio is the peer's seconds over ours, the median over repeats, with the lowest and highest; "corrected" weighs each
 process's seconds with the speed of matrix products measured just before and after it; "bound" is what the counted
-operations of these very batches allow if both sides ran at one speed. *Defaults* are the peer's own settings; *tuned* is
-without activation checkpointing, with the reference's log-probabilities computed beforehand, and sorted by length; in
-`generate`, with bf16 weights and a static cache.
+operations of these very batches, the peer's padding included, allow if both sides ran at one speed. *Defaults* are the
+peer's own settings; *tuned* is without activation checkpointing, with the reference's log-probabilities computed
+beforehand, and sorted by length; where it samples, with bf16 weights and a static cache.
 "Of limit" is the share of a step's time that its counted operations and bytes would take at the measured speed of
 products and copies.
 """
@@ -34,7 +36,7 @@ products and copies.
 
 def main() -> None:
     """Write the page from the newest complete session of each file."""
-    sessions = [s for file in sorted(RESULTS.glob("compare-*.jsonl")) if (s := newest(file))]
+    sessions = [s for file in sorted(RESULTS.glob("compare-*.jsonl")) for s in newest(file)]
     if not sessions:
         raise SystemExit(f"no complete session in {RESULTS}; run python -m benchmarks.compare first")
     parts = [INTRO, *(section(s) for s in sessions), LEVERS.read_text()]
@@ -42,25 +44,29 @@ def main() -> None:
     print(f"wrote {PAGE.relative_to(ROOT)} from {len(sessions)} sessions")
 
 
-def newest(file: Path) -> Session | None:
-    """The last session that has all its repeats on both sides."""
-    return next((s for s in reversed(read_sessions(file)) if complete(s)), None)
+def newest(file: Path) -> list[Session]:
+    """The last session of each variant of a row that has all its repeats on both sides, the row's usual form first."""
+    found = {s.header.get("variant", ""): s for s in read_sessions(file) if complete(s)}
+    return [found[variant] for variant in sorted(found)]
 
 
 def complete(session: Session) -> bool:
     """Whether every column has all repeats."""
     columns = ("ours",) if session.header["peer"] == "none" else ("ours", "defaults", "tuned")
-    return all(len(report.repeats(session, c)) == session.header["repeats"] for c in columns)
+    kinds = report.kinds_of(session.header["row"])
+    return all(len(report.repeats(session, c, k)) == session.header["repeats"] for c in columns for k in kinds)
 
 
 def section(session: Session) -> str:
     """A row's heading, command, ratios, table, memory and plot."""
     h = session.header
-    name = f"{h['row']}, {h['dtype']}, {h['device']}"
+    variant = h.get("variant", "")
+    name = f"{h['row']}, {h['dtype']}, {h['device']}" + (f", `{variant}`" if variant else "")
+    command = f"{h['row']} --dtype {h['dtype']} --device {h['device']} --peer {h['peer']} {variant}".strip()
     versions = ", ".join(f"{k} {v}" for k, v in {**h["versions"], **peer_versions(session)}.items())
     lines = [
         f"## {name}\n",
-        f"    python -m benchmarks.compare {h['row']} --dtype {h['dtype']} --device {h['device']} --peer {h['peer']}\n",
+        f"    python -m benchmarks.compare {command}\n",
         f"{h['date']}, {h['machine']['processor']}, {h['threads']} threads; {h['label']}; {h['data']}, {h['batch']} prompts a step, "
         f"prompt to response {prompt_share(h['items']):.1f}; {h['repeats']} repeats; {versions}.\n",
     ]
@@ -68,7 +74,12 @@ def section(session: Session) -> str:
         lines += [f"- {line}" for line in report.ratio_lines(session, h["peer"])]
     lines += [
         f"- {line.strip()}"
-        for line in [*report.rate_lines(session), *report.memory_lines(session), report.drift_line(session)]
+        for line in [
+            *report.rate_lines(session),
+            *report.sync_lines(session),
+            *report.memory_lines(session),
+            report.drift_line(session),
+        ]
     ]
     lines += ["", *markdown(report.table(session)), "", f"![seconds a step, by phase](images/{plot(session)})", ""]
     return "\n".join(lines)
@@ -88,7 +99,7 @@ def prompt_share(items: list[dict[str, Any]]) -> float:
 
 def markdown(table: list[dict[str, Any]]) -> list[str]:
     """The table of columns."""
-    head = ["", "s a step", "low to high", *report.PHASES, "MB above", "of limit"]
+    head = ["", "s a step", "low to high", *table[0]["shares"], "MB above", "of limit"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in table:
         cells = [row["column"], f"{row['seconds']:.2f}", f"{row['low']:.2f} to {row['high']:.2f}"]
@@ -108,14 +119,15 @@ def plot(session: Session) -> str:
     rows, h = report.table(session)[::-1], session.header
     figure, axes = pyplot.subplots(figsize=(7, 0.5 + 0.4 * len(rows)), layout="constrained")
     left = [0.0] * len(rows)
-    for phase in report.PHASES:
+    for phase in rows[0]["shares"]:
         width = [row["seconds"] * row["shares"][phase] for row in rows]
         axes.barh([row["column"] for row in rows], width, left=left, label=phase)
         left = [a + b for a, b in zip(left, width, strict=True)]
     axes.set_xlabel("seconds a step")
     axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-    name = f"performance-{h['row']}-{h['device']}-{h['dtype']}.png"
+    variant = h.get("variant", "").replace("--", "").replace(" ", "-")
+    name = "-".join(filter(None, ["performance", h["row"], h["device"], h["dtype"], variant])) + ".png"
     figure.savefig(IMAGES / name, dpi=120)
     pyplot.close(figure)
     return name

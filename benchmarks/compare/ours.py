@@ -21,6 +21,7 @@ yield_between_kernels()  # as the command does, before torch is imported
 keep_freed_memory()
 
 import torch  # noqa: E402
+from benchmarks.compare import reinforce  # noqa: E402
 from benchmarks.compare.measure import DTYPES, Clock, forget_peak, measured, settle  # noqa: E402
 from benchmarks.compare.rollouts import generate  # noqa: E402
 from rich.console import Console  # noqa: E402
@@ -32,13 +33,13 @@ from posttrain.train.loop import Run, fit  # noqa: E402
 from posttrain.train.objectives import Preference, RewardModel, Supervised  # noqa: E402
 from posttrain.train.optim import Optim  # noqa: E402
 from posttrain.train.reference import row_logp  # noqa: E402
-from posttrain.train.sources import DataSource, demonstration_source, ranking_source, shuffled  # noqa: E402
+from posttrain.train.sources import Source, demonstration_source, ranking_source, shuffled  # noqa: E402
 
 MAX_TOKENS = {"cpu": 1024, "cuda": 16384}
 """The memory knob: the stages' own value on a processor."""
 
 Job = dict[str, Any]
-Made = tuple[dict[str, Model], Any, DataSource]
+Made = tuple[dict[str, Model], Any, Source]
 
 
 class Enough(Exception):
@@ -48,10 +49,7 @@ class Enough(Exception):
 def rows_of(job: Job) -> list[Row]:
     """The job's rows, each token of a response trained, placed so that the source visits them in the job's order."""
     rows = [Row(i["prompt"], [Branch(b, {"loss": [True] * len(b)}) for b in i["branches"]]) for i in job["rows"]]
-    placed = [rows[0]] * len(rows)
-    for row, place in zip(rows, shuffled(len(rows), 0, 0), strict=True):
-        placed[place] = row
-    return placed
+    return reinforce.in_order(rows)
 
 
 def dpo(job: Job, found: dict[str, Any]) -> Made:
@@ -89,7 +87,7 @@ def reward(job: Job, found: dict[str, Any]) -> Made:
     return {"reward": model}, RewardModel(), ranking_source(rows, ranks, per_step=job["per_step"], seed=0)
 
 
-MAKERS = {"dpo": dpo, "sft": sft, "reward": reward}
+MAKERS = {"dpo": dpo, "sft": sft, "reward": reward, **reinforce.MAKERS}
 
 
 def train(job: Job, clock: Clock) -> dict[str, Any]:
@@ -97,7 +95,9 @@ def train(job: Job, clock: Clock) -> dict[str, Any]:
     deterministic_kernels()
     found: dict[str, Any] = {"numbers": []}
     forget_peak(job["device"])
-    models, objective, source = MAKERS[job["row"]](job, found)
+    job["max_tokens"] = MAX_TOKENS[job["device"]]
+    models, objective, source = MAKERS[job.get("kind") or job["row"]](job, found)
+    reinforce.by_phase(source, clock)
     parameters = [p for model in models.values() for p in model.parameters().values()]
     steps = len(job["rows"]) // job["per_step"]
 
@@ -111,7 +111,7 @@ def train(job: Job, clock: Clock) -> dict[str, Any]:
         run = Run(
             directory=Path(folder),
             steps=steps,
-            max_tokens=MAX_TOKENS[job["device"]],
+            max_tokens=job["max_tokens"],
             checkpointing=job.get("checkpointing", False),
             save_every=steps + 1,
             console=Console(quiet=True),
@@ -132,9 +132,10 @@ def write_reward_start(model: str, directory: str) -> None:
 
 
 def main() -> None:
-    """Run a job, or write the start of a reward model."""
-    if sys.argv[1] == "reward-start":
-        write_reward_start(*sys.argv[2:4])
+    """Run a job, or write what both sides start from: a reward model, or old log-probabilities of given completions."""
+    makers = {"reward-start": write_reward_start, "old-logp": reinforce.write_old_logp}
+    if sys.argv[1] in makers:
+        makers[sys.argv[1]](*sys.argv[2:4])
         return
     job = json.loads(Path(sys.argv[1]).read_text())
     make = generate if job["row"] == "generate" else train

@@ -104,6 +104,12 @@ class Watch(TrainerCallback):
         self.clock.stop()
 
 
+def held_by(trainer: Any) -> int:
+    """Bytes of the weights and the optimiser's moments."""
+    tensors = [t for state in trainer.optimizer.state.values() for t in state.values() if t.dim()]
+    return sum(t.numel() * t.element_size() for t in [*trainer.model.parameters(), *tensors])
+
+
 def train(job: Job, clock: measure.Clock) -> dict[str, Any]:
     """Train the job's steps; returns shapes of the batches, logged numbers, and bytes of weights and moments."""
     base, config, rows_of = TRAINERS[job["row"]]
@@ -142,18 +148,24 @@ def train(job: Job, clock: measure.Clock) -> dict[str, Any]:
         if reference is not None:
             reference.forward = clock.timed("reference", reference.forward)
         trainer.train()
-    tensors = [t for state in trainer.optimizer.state.values() for t in state.values() if t.dim()]
     return {
         "reference": sum(passes[1:]),
         "shapes": shapes,
         "numbers": [x for x in trainer.state.log_history if "loss" in x],
-        "held": sum(t.numel() * t.element_size() for t in [*trainer.model.parameters(), *tensors]),
+        "held": held_by(trainer),
         "copy": sum(p.numel() * p.element_size() for p in reference.parameters()) if reference is not None else 0,
-        "trl": trl.__version__,
-        "transformers": transformers.__version__,
     }
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Run a job; the row ``grpo`` has a file of its own."""
     job = json.loads(Path(sys.argv[1]).read_text())
-    measure.measured(job, lambda clock: train(job, clock))
+    make = train
+    if job["row"] == "grpo":
+        from peer_grpo import train as make
+    versions = {"trl": trl.__version__, "transformers": transformers.__version__}
+    measure.measured(job, lambda clock: make(job, clock) | versions)
+
+
+if __name__ == "__main__":
+    main()

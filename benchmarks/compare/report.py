@@ -10,8 +10,8 @@ from benchmarks.compare.session import Session
 
 Result = dict[str, Any]
 
-EPOCHS = {"dpo": ("first-epoch", "later-epochs")}
-"""Rows with a pass of a frozen reference: computed in the first epoch, kept for later ones."""
+KINDS = {"dpo": ("first-epoch", "later-epochs"), "grpo": ("update", "step")}
+"""Timings of a row: with the reference's pass, which later epochs keep; an update, and a whole step with its sampling."""
 
 NUMBERS = {
     "dpo": {
@@ -22,11 +22,12 @@ NUMBERS = {
     },
     "sft": {"loss/total": "loss", "optim/grad_norm": "grad_norm"},
     "reward": {"loss/total": "loss", "optim/grad_norm": "grad_norm"},
+    "grpo": {"loss/total": "loss", "optim/grad_norm": "grad_norm", "logp/mean": "logps/mean"},
     "generate": {"tokens": "tokens", "mean id": "mean id"},
 }
 """Our names of numbers that both sides log, to the peer's."""
 
-TOLERANCE = 1e-3
+TOLERANCE = 5e-5
 
 
 def check_lines(row: str, session: Session, peer: str) -> list[str]:
@@ -50,7 +51,7 @@ def check_lines(row: str, session: Session, peer: str) -> list[str]:
 
 def kinds_of(row: str) -> tuple[str, ...]:
     """Names of the timings of a row."""
-    return EPOCHS.get(row, ("",))
+    return KINDS.get(row, ("",))
 
 
 def seconds(result: Result, kind: str) -> float:
@@ -59,9 +60,10 @@ def seconds(result: Result, kind: str) -> float:
     return total + (result.get("reference", 0.0) if kind == "first-epoch" else 0.0)
 
 
-def repeats(session: Session, column: str) -> list[Result]:
-    """A column's results, in the order of repeats."""
-    return [r for r in session.results if r["column"] == column and r["part"].startswith("repeat")]
+def repeats(session: Session, column: str, kind: str = "") -> list[Result]:
+    """A column's results, in the order of repeats; whole steps have processes of their own."""
+    part = "step" if kind == "step" else "repeat"
+    return [r for r in session.results if r["column"] == column and r["part"].startswith(part)]
 
 
 def rate(result: Result, key: str = "gflops") -> float:
@@ -71,38 +73,48 @@ def rate(result: Result, key: str = "gflops") -> float:
 
 def operations(session: Session, result: Result, kind: str) -> float:
     """Counted operations of the timed steps of a process."""
-    about = session.header
-    shape, scored = Shape(**about["shape"]), about["row"] != "reward"
-    if about["row"] == "generate":
-        work = packed(about["items"])
-        if result["side"] != "ours":
-            work = padded(result["shapes"][1:])._replace(scored=sum(result["scored"][1:]))
-        return flops(shape, work, train=False)
-    if result["side"] == "ours":
-        work = packed(about["items"], scored=scored)
-        ref = kind == "first-epoch"
-        return flops(shape, work, train=True) + ref * flops(shape, work, train=False)
-    work = padded(result["shapes"][1:], scored=scored)
-    live = about["row"] in EPOCHS and result["column"] == "defaults"
-    ref = live or kind == "first-epoch"
-    checkpointed = result["column"] == "defaults"
-    return flops(shape, work, train=True, recomputed=checkpointed) + ref * flops(shape, work, train=False)
+    about, row = session.header, session.header["row"]
+    shape, mine = Shape(**about["shape"]), packed(about["items"], scored=row != "reward")
+    work = drawn = mine
+    if result["side"] != "ours":
+        work = padded(result["shapes"][1:], scored=row != "reward")
+        drawn = work._replace(scored=sum(result.get("scored", [])[1:]))
+        if about["device"] == "cuda":  # where its kernels score trained positions only
+            work = work._replace(scored=mine.scored)
+    total = flops(shape, drawn, train=False) if samples(row, kind) else 0.0
+    if row == "generate":
+        return total
+    defaults = result["column"] == "defaults"
+    total += flops(shape, work, train=True, recomputed=defaults)
+    if kind == "first-epoch" or (row == "dpo" and defaults):
+        total += flops(shape, work, train=False)
+    if row == "ppo":  # the reference's pass, and the critic's before and in the update
+        critic = work._replace(scored=0)
+        total += flops(shape, work, train=False) + flops(shape, critic, train=False) + flops(shape, critic, train=True)
+    return total
+
+
+def samples(row: str, kind: str) -> bool:
+    """Whether responses are sampled in what is timed."""
+    return row in ("generate", "ppo") or kind == "step"
 
 
 def limit_share(session: Session, result: Result, kind: str) -> float:
     """The share of its time that the counted work would take at the measured speed of products and copies."""
     shape, count, dtype = Shape(**session.header["shape"]), len(result["steps"]), session.header["dtype"]
-    if session.header["row"] == "generate":  # the weights are read once for each token of the longest response
+    row, bytes_moved = session.header["row"], 0.0
+    if samples(row, kind):  # the weights are read once for each token of the longest response
         bytes_moved = session.header["longest"] * shape.parameters * (2 if dtype == "bf16" else 4)
-    else:
-        bytes_moved = count * optimiser_bytes(shape, dtype if result["side"] == "ours" else "fp32")
+    if row != "generate":
+        each = optimiser_bytes(shape, dtype if result["side"] == "ours" else "fp32")
+        bytes_moved += count * each * (2 if row == "ppo" else 1)
     least = operations(session, result, kind) / (rate(result) * 1e9) + bytes_moved / (rate(result, "gbs") * 1e9)
     return least / seconds(result, kind)
 
 
 def ratios(session: Session, column: str, kind: str) -> dict[str, Any]:
     """Ratios of the peer's seconds to ours, repeat by repeat; also in units of products the machine would have made."""
-    pairs = list(zip(repeats(session, "ours"), repeats(session, column), strict=False))
+    pairs = list(zip(repeats(session, "ours", kind), repeats(session, column, kind), strict=False))
     raw = [seconds(b, kind) / seconds(a, kind) for a, b in pairs]
     corrected = [x * rate(b) / rate(a) for x, (a, b) in zip(raw, pairs, strict=True)]
     bound = operations(session, pairs[0][1], kind) / operations(session, pairs[0][0], kind)
@@ -127,9 +139,9 @@ def table(session: Session) -> list[dict[str, Any]]:
     """A line a column and kind: seconds a step, shares by phase, memory and the share of the machine's limit."""
     out: list[dict[str, Any]] = []
     for column in ("ours", "defaults", "tuned"):
-        if not (results := repeats(session, column)):
-            continue
         for kind in kinds_of(session.header["row"]):
+            if not (results := repeats(session, column, kind)):
+                continue
             times = [seconds(r, kind) / len(r["steps"]) for r in results]
             out.append(
                 {
@@ -142,16 +154,35 @@ def table(session: Session) -> list[dict[str, Any]]:
                     "limit": median(limit_share(session, r, kind) for r in results),
                 }
             )
-    return out
+    used = [p for p in PHASES if any(line["shares"][p] for line in out)]
+    return [line | {"shares": {p: line["shares"][p] for p in used}} for line in out]
 
 
 def rate_lines(session: Session) -> list[str]:
-    """Tokens a second, where they are what is made."""
-    if session.header["row"] != "generate":
+    """Tokens that are sampled a second, where any are."""
+    row, tokens = session.header["row"], sum(sum(i["branches"]) for i in session.header["items"])
+    kind = kinds_of(row)[-1]
+    if not samples(row, kind):
         return []
-    tokens = sum(sum(i["branches"]) for i in session.header["items"])
-    found = [(c, [tokens / seconds(r, "") for r in repeats(session, c)]) for c in ("ours", "defaults", "tuned")]
-    return [f"{c}: {median(x):.1f} tokens/s ({min(x):.1f} to {max(x):.1f})" for c, x in found if x]
+    phase = "total" if row == "generate" else "rollout"
+    found = [
+        (c, [tokens / sum(step[phase] for step in r["steps"]) for r in repeats(session, c, kind)])
+        for c in ("ours", "defaults", "tuned")
+    ]
+    return [f"sampling, {c}: {median(x):.1f} tokens/s ({min(x):.1f} to {max(x):.1f})" for c, x in found if x]
+
+
+def sync_lines(session: Session) -> list[str]:
+    """What it takes to give the in-process engine new weights, beside the seconds of a whole step."""
+    results = [r for r in repeats(session, "ours", "step") if "sync" in r]
+    if not results:
+        return []
+    spent = median(r["sync"] for r in results)
+    share = median(r["sync"] / (seconds(r, "step") / len(r["steps"])) for r in results)
+    return [
+        "weights to the engine: 0 s where all are trained, it reads the trainer's own; "
+        f"an adapter of rank 16 merged and taken out again {spent:.3f} s, {share:.2%} of a step"
+    ]
 
 
 def shares(results: list[Result], kind: str) -> dict[str, float]:
@@ -162,14 +193,15 @@ def shares(results: list[Result], kind: str) -> dict[str, float]:
     return {phase: x / sum(spent.values()) for phase, x in spent.items()}
 
 
-PHASES = ("reference", "forward", "backward", "optimiser")
+PHASES = ("rollout", "reference", "forward", "backward", "optimiser")
 
 
 def table_lines(session: Session) -> list[str]:
     """The table as text."""
-    head = f"{'column':<24}{'s a step':>9}{'low':>8}{'high':>8}" + "".join(f"{p:>11}" for p in PHASES)
+    found = table(session)
+    head = f"{'column':<24}{'s a step':>9}{'low':>8}{'high':>8}" + "".join(f"{p:>11}" for p in found[0]["shares"])
     lines = [head + f"{'MB above':>10}{'of limit':>10}"]
-    for line in table(session):
+    for line in found:
         parts = "".join(f"{share:>11.0%}" for share in line["shares"].values())
         lines.append(
             f"{line['column']:<24}{line['seconds']:>9.2f}{line['low']:>8.2f}{line['high']:>8.2f}{parts}"
@@ -180,8 +212,8 @@ def table_lines(session: Session) -> list[str]:
 
 def drift_line(session: Session) -> str:
     """How far the machine's own speed moved over the session."""
-    rates = [c["gflops"] for r in session.results if r["part"].startswith("repeat") for c in r["calibration"]]
-    copies = [c["gbs"] for r in session.results if r["part"].startswith("repeat") for c in r["calibration"]]
+    found = [c for r in session.results if r["part"].startswith(("repeat", "step")) for c in r["calibration"]]
+    rates, copies = [c["gflops"] for c in found], [c["gbs"] for c in found]
     return (
         f"the machine: products at {median(rates):.0f} GFLOP/s ({min(rates):.0f} to {max(rates):.0f}), "
         f"copies at {median(copies):.1f} GB/s ({min(copies):.1f} to {max(copies):.1f})"

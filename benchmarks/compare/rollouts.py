@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,9 +34,9 @@ class _Forced(_Decoder):
 
 @dataclass
 class ForcedEngine(LocalEngine):
-    """The in-process engine with a length for each request."""
+    """The in-process engine with forced lengths of each prompt's samples, by the sample's number, the key's last entry."""
 
-    lengths: Sequence[int] = field(default_factory=list)
+    forced: Mapping[tuple[int, ...], Sequence[int]] = field(default_factory=dict)
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, on_done: Callable[[int], None] | None = None
@@ -47,7 +47,7 @@ class ForcedEngine(LocalEngine):
         order = sorted(range(len(requests)), key=lambda i: (requests[i].ids, i))
         with torch.no_grad(), adapters.merged(self.model.net, self.model.adapter):
             decoder = _Forced(self, requests, sampling, deque(order), on_done)
-            decoder.lengths = self.lengths
+            decoder.lengths = [self.forced[r.ids][int(r.key[-1])] for r in requests]
             return decoder.run()
 
 
@@ -66,9 +66,10 @@ def generate(job: dict[str, Any], clock: Clock) -> dict[str, Any]:
             for k, row in enumerate(rows)
             for g in range(len(row["lengths"]))
         ]
-        lengths = [n for row in rows for n in row["lengths"]]
-        engine = ForcedEngine(model, frozenset(job["stops"]), lengths=lengths)
-        sampling = Sampling(max_new_tokens=max(lengths), temperature=0.0 if greedy else 1.0)
+        forced = {tuple(row["prompt"]): row["lengths"] for row in rows}
+        engine = ForcedEngine(model, frozenset(job["stops"]), forced=forced)
+        longest = max(n for row in rows for n in row["lengths"])
+        sampling = Sampling(max_new_tokens=longest, temperature=0.0 if greedy else 1.0)
         rollouts = engine.generate(requests, sampling)
         clock.stop()
         ids = [i for r in rollouts for i in r.ids]

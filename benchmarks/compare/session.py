@@ -65,7 +65,7 @@ def run_task(task: Task, peer: str) -> dict[str, Any]:
         file, result = Path(folder) / "job.json", Path(folder) / "result.json"
         file.write_text(json.dumps(task.job | {"column": task.column, "result": str(result)}))
         if task.side == "ours":
-            call = [sys.executable, "-m", "benchmarks.compare.ours", str(file)]
+            call = [sys.executable, "-m", task.job.get("module", "benchmarks.compare.ours"), str(file)]
         else:
             call = [str(python_of(peer)), str(ROOT / "benchmarks" / "compare" / f"peer_{peer}.py"), str(file)]
         environment = os.environ | {
@@ -84,20 +84,26 @@ def run_task(task: Task, peer: str) -> dict[str, Any]:
 def plan(jobs: dict[str, dict[str, Job]], repeats: int, peer: str) -> list[Task]:
     """The first batch on both sides, then repeats with the columns in turn forwards and backwards, then memory.
 
-    ``jobs`` maps ``check``, ``repeat`` and ``memory`` to jobs by column.
+    ``jobs`` maps ``check``, ``repeat``, ``step`` (whole steps, where a repeat is of updates alone) and ``memory`` to jobs by
+    column.
     """
 
     def tasks(part: str, kind: str, backwards: bool = False) -> list[Task]:
         columns = sorted(jobs.get(kind, {}).items(), key=lambda item: item[0] != "ours", reverse=backwards)
         return [Task(part, c, "ours" if c.startswith("ours") else peer, job) for c, job in columns]
 
-    timed = [task for r in range(repeats) for task in tasks(f"repeat {r + 1}", "repeat", backwards=r % 2 == 1)]
+    timed = [
+        task
+        for r in range(repeats)
+        for kind in ("repeat", "step")
+        for task in tasks(f"{kind} {r + 1}", kind, backwards=r % 2 == 1)
+    ]
     return [*tasks("check", "check"), *timed, *tasks("memory", "memory")]
 
 
-def open_session(name: str, about: dict[str, Any], jobs: Any, tasks: int) -> Session:
+def open_session(name: str, about: dict[str, Any], jobs: Any, tasks: int, kind: str = "compare") -> Session:
     """Go on with the newest session of a file if it is of the same jobs and code and lacks results, else begin one."""
-    file = RESULTS / f"compare-{name}.jsonl"
+    file = RESULTS / f"{kind}-{name}.jsonl"
     RESULTS.mkdir(exist_ok=True)
     key = hashlib.sha256(json.dumps([about, jobs, _source()], sort_keys=True).encode()).hexdigest()[:16]
     sessions = read_sessions(file)

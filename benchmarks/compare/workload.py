@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from pathlib import Path
+from statistics import fmean, pstdev
 from typing import Any
 
 REAL = "pairs__hh-helpful-base__train.jsonl.gz"
@@ -88,19 +90,64 @@ def choose(items: list[Item], per_step: int, steps: int, seed: int = 0) -> tuple
     return warm + dealt, warm + by_length
 
 
-def rollouts(items: list[Item], per_step: int, steps: int, samples: int, longest: int, seed: int = 0) -> list[Item]:
-    """Prompts with ``samples`` forced lengths each: skewed, the mean 0.35 of the longest, which each batch has."""
-    draw = random.Random(seed)
-    rows = [
-        {
-            "prompt": item["prompt"],
-            "lengths": [max(1, round(longest * draw.betavariate(1, 1.857))) for _ in range(samples)],
-        }
-        for item in draw.sample(items, per_step * (steps + 1))
-    ]
+def near_ratio(items: list[Item], ratio: float, count: int) -> list[Item]:
+    """The ``count`` rows whose prompt is nearest to ``ratio`` times as long as their mean response, in the order given."""
+
+    def off(item: Item) -> float:
+        return abs(math.log(len(item["prompt"]) / (ratio * fmean(map(len, item["branches"])))))
+
+    kept = set(sorted(range(len(items)), key=lambda i: off(items[i]))[:count])
+    return [item for i, item in enumerate(items) if i in kept]
+
+
+MEAN = 0.35
+"""Mean of forced lengths over the longest."""
+
+
+def rollouts(
+    items: list[Item],
+    per_step: int,
+    steps: int,
+    samples: int,
+    longest: int,
+    ratio: float | None = None,
+    seed: int = 0,
+) -> list[Item]:
+    """Different prompts with ``samples`` forced lengths each: skewed, the mean 0.35 of the longest, which each batch has.
+
+    With ``ratio`` the prompts are those whose length is nearest to so many times the mean of the forced lengths.
+    """
+    draw, need = random.Random(seed), per_step * (steps + 1)
+    prompts = list({tuple(item["prompt"]): item["prompt"] for item in items}.values())
+    if ratio is not None:
+        prompts = sorted(prompts, key=lambda p: abs(len(p) - ratio * MEAN * longest))[:need]
+    if len(prompts) < need:
+        raise SystemExit(f"{len(prompts)} different prompts at hand, {need} wanted: take fewer rows or steps")
+    rows: list[Item] = []
+    for prompt in draw.sample(prompts, need):
+        lengths = [max(1, round(longest * draw.betavariate(1, 1 / MEAN - 1))) for _ in range(samples)]
+        rows.append({"prompt": prompt, "lengths": lengths})
     for row in rows[::per_step]:
         row["lengths"][0] = longest
     return rows
+
+
+def completed(rows: list[Item], items: list[Item], stop: int, seed: int = 0) -> list[Item]:
+    """The rows with completions of their lengths, cut from other rows' responses and ended, and advantages by length."""
+    draw, text = random.Random(seed), [i for item in items[:1000] for b in item["branches"] for i in b if i != stop]
+    out: list[Item] = []
+    for row in rows:
+        lengths = row["lengths"]
+        starts = [draw.randrange(len(text) - n) for n in lengths]
+        spread = pstdev(lengths)
+        out.append(
+            row
+            | {
+                "branches": [[*text[s : s + n - 1], stop] for s, n in zip(starts, lengths, strict=True)],
+                "advantage": [(n - fmean(lengths)) / spread if spread else 0.0 for n in lengths],
+            }
+        )
+    return out
 
 
 def long_pair(items: list[Item], total: int) -> list[Item]:
