@@ -24,6 +24,7 @@ from posttrain.arguments import convert, flag, flags, keyword_options, split, ty
 from posttrain.cli_compare import compare, gather_losses
 from posttrain.cli_data import dispatch as dispatch_data
 from posttrain.cli_list import list_names
+from posttrain.cli_making import generate, label, select
 from posttrain.cli_runs import diff, gather, replay, rerun, show_finished, sweep
 from posttrain.errors import ConfigError, PosttrainError, printable, suggest
 from posttrain.machine import keep_freed_memory, yield_between_kernels
@@ -167,6 +168,9 @@ def doctor(*, json: bool = False) -> None:
 COMMANDS: dict[str, Callable[..., int | None]] = {
     "run": run,
     "train": train,
+    "generate": generate,
+    "label": label,
+    "select": select,
     "show": show,
     "diff": diff,
     "replay": replay,

@@ -1,4 +1,4 @@
-"""``posttrain list``: recipes, methods, algorithms, losses and objectives, as their registries hold them."""
+"""``posttrain list``: recipes, methods, algorithms, builders, losses and objectives, as their registries hold them."""
 
 from __future__ import annotations
 
@@ -137,6 +137,23 @@ def kind_grids() -> Iterator[Grid]:
     rows = tuple((name, kind.loss or "its own", kind.data, kind.summary) for name, kind in KINDS_OF_REWARDS.items())
     header = ("kind", "loss of pairs", "answers need", "what it is")
     yield Grid(title="Reward models: posttrain train reward --kind KIND", header=header, rows=rows, left=(0, 1, 2, 3))
+
+
+def builder_grids() -> Iterator[Grid]:
+    """Yield the table of builders: what each makes of scored answers, and its paper."""
+    from posttrain.evals.grids import Grid
+    from posttrain.rewards.builders import builders
+
+    rows = [
+        (
+            name,
+            builders.facts(name)["makes"],
+            "\n".join(filter(None, (summary(builders[name]), builders.facts(name).get("paper")))),
+        )
+        for name in sorted(builders)
+    ]
+    header = ("builder", "makes", "what of, and paper")
+    yield Grid(title="Builders: posttrain select DATA --builder NAME", header=header, rows=tuple(rows), left=(0, 1, 2))
 
 
 KINDS: dict[str, Callable[[], Iterator[Grid]]] = {

@@ -130,3 +130,8 @@ def gold(prompt: str, answer: str) -> Gold:
     clean = not re.search(r"[^a-z ,.?:'!\n]", answer)
     form = 0.0 if _RUDE & set(everything) else 0.4 * polite + 0.3 * (answer[-1] in ".?!") + 0.3 * clean
     return Gold(helpfulness * (1 - harm), harm, length, form)
+
+
+def gold_total(prompt: str, answer: str) -> float:
+    """The total of `gold`, for where a declared reward is a function of two texts."""
+    return gold(prompt, answer).total

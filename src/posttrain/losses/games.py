@@ -67,6 +67,7 @@ def sppo(rows: Scored, *, eta: float = 1000.0) -> Tensor:
     paper="Munos et al. 2023, Nash learning from human feedback, arXiv 2312.00886",
     needs=("reference",),
     scores="win rate",
+    opponent="mixture",
 )
 def nash_md(rows: Scored, *, tau: float = 0.008) -> Tensor:
     """Nash-MD: ``-mean over responses of (P - 1/2 - tau h) log pi(y)``, the bracket without gradient.

@@ -106,6 +106,7 @@ class ExploredPairs:
     "xpo",
     paper="Xie et al. 2024, Exploratory preference optimization, arXiv 2405.21046",
     needs=("reference",),
+    opponent="reference",
 )
 def xpo(given: ExploredPairs, *, beta: float = 0.1, alpha: float = 1e-5) -> Tensor:
     """XPO: ``-log sigmoid(beta D) + alpha log pi(y')``, y' the reference's sample, whichever of the two was preferred.

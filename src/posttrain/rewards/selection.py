@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 from posttrain.errors import ConfigError
 
@@ -52,3 +52,46 @@ def kept(
     first = {r: i for i, r in reversed(list(enumerate(responses)))}
     known = [(i, s) for i, s in enumerate(scores) if s is not None and s >= least and first[responses[i]] == i]
     return [i for i, _ in sorted(known, key=lambda pair: -pair[1])[:most]]
+
+
+def statistical_rejection(
+    responses: Sequence[Hashable],
+    scores: Sequence[float],
+    draws: Iterator[float],
+    *,
+    samples: int,
+    beta: float,
+) -> list[int]:
+    """Indices of ``samples`` of one prompt's candidates, in the order they were accepted, without replacement.
+
+    Passes over the candidates that remain: one is accepted where ``u < exp((r - r_max) / beta)``, ``r_max`` their largest
+    score as the pass began, until there are enough. Of candidates sampled from a policy those accepted follow ``policy(y)
+    exp(r(y) / beta)`` up to its normaliser; ``beta`` near 0 takes the best, a large one any. Equal responses count once,
+    where the first stood and with the last one's score.
+
+    Args:
+        responses: the candidates, as text or ids.
+        scores: finite, one each.
+        draws: uniform numbers in [0, 1).
+        samples: how many to accept.
+        beta: in units of the scores.
+
+    Raises:
+        ConfigError: fewer different candidates than ``samples``, ``beta`` not above 0.
+
+    Source: Liu et al. 2023, Statistical rejection sampling improves preference optimization, arXiv 2309.06657, algorithm 1.
+    """
+    first = {r: i for i, r in reversed(list(enumerate(responses)))}
+    left = {first[r]: s for r, s in zip(responses, scores, strict=True)}
+    if beta <= 0 or not 0 <= samples <= len(left):
+        raise ConfigError(
+            f"got {samples} of {len(left)} different candidates at beta={beta:g}; expected no more than there are, and beta > 0"
+        )
+    accepted: list[int] = []
+    while len(accepted) < samples:
+        most = max(left.values())
+        for i, s in list(left.items()):
+            if len(accepted) < samples and next(draws) < math.exp((s - most) / beta):
+                accepted.append(i)
+                del left[i]
+    return accepted

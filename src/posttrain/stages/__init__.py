@@ -5,6 +5,8 @@ These files import no torch, so that a recipe can be listed and forecast at once
 
 from posttrain.stages.base import Context, Overlong, Plan, Recipe, Stage, stage_model
 from posttrain.stages.closing import Evaluate, EvaluatePreference, EvaluateReward, HeldOut, MeasurePreference, Merge
+from posttrain.stages.making import Generate, Label, Select
+from posttrain.stages.online import PreferOnline
 from posttrain.stages.scoring import TrainScorer
 from posttrain.stages.training import SFT, Prefer, PreferLabelled, Pretrain, Reinforce, Training, TrainReward
 
@@ -14,16 +16,20 @@ __all__ = [
     "Evaluate",
     "EvaluatePreference",
     "EvaluateReward",
+    "Generate",
     "HeldOut",
+    "Label",
     "MeasurePreference",
     "Merge",
     "Overlong",
     "Plan",
     "Prefer",
     "PreferLabelled",
+    "PreferOnline",
     "Pretrain",
     "Recipe",
     "Reinforce",
+    "Select",
     "Stage",
     "TrainReward",
     "TrainScorer",

@@ -19,15 +19,15 @@ KEPT, KEPT_CHECKPOINTED = 1.05e6, 0.1e6
 class Training(Stage):
     """What every training stage has: where it starts, on which data, how it moves.
 
-    ``model`` is a name, a directory or an earlier stage; ``lora_rank`` 0 trains the whole network; ``dtype`` "auto" is
-    bf16 where the processor multiplies it faster than fp32. ``max_tokens`` is the memory knob. A checkpoint is written every
+    ``model`` is a name, a directory or an earlier stage, and so is ``data``; ``lora_rank`` 0 trains the whole network; ``dtype``
+    "auto" is bf16 where the processor multiplies it faster than fp32. ``max_tokens`` is the memory knob. A checkpoint is written every
     ``save_every`` steps and the newest ``keep`` stay. ``skip_bad`` faulty rows of the data are left out and counted.
 
     ``checkpointing`` computes what layers keep for the backward pass again: less memory, a third more time, equal numbers.
     """
 
     model: str | Stage = "smollm2"
-    data: str = "default"
+    data: str | Stage = "default"
     lr: float = 1e-5
     schedule: str = "cosine"
     warmup_steps: int = 0

@@ -90,6 +90,8 @@ METRICS: dict[str, Metric] = {
     "groups/dropped": Metric("share", "prompts left out because too few of their responses have a score"),
     "groups/kept": Metric("share", "prompts sampled that have responses of differing reward and were used"),
     "groups/identical": Metric("share", "prompts whose sampled responses are all the same"),
+    "rollout/staleness": Metric("updates", "updates between the weights that sampled the step's batch and those that it trains"),
+    "rollout/tied": Metric("share", "prompts sampled of which no pair was made: scores tied or missing"),
     "step/skipped": Metric("steps", "1 where the step was skipped because something was not finite"),
     "optim/lr": Metric("1", "learning rate of the step"),
     "optim/grad_norm": Metric("1", "norm of the gradient before clipping, over all roles"),

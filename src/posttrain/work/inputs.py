@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from posttrain.data import ReadReport, read, resolve_data, stop_ids
 from posttrain.errors import ConfigError, DataError, suggest
 from posttrain.machine import fast_bf16
 from posttrain.models.load import cache_dir, find_model, load_generation_config, load_tokenizer, model_files
+from posttrain.registry import load_object
+from posttrain.rewards.named import REWARDS
 from posttrain.stages import Context, Stage, stage_model
 from posttrain.types import Example
 
@@ -101,12 +104,12 @@ def data_files(name: str, model: str | None) -> dict[str, Path]:
     """Files of a data set by name.
 
     ``smallworld:N`` is generated, with N demonstrations; ``default`` becomes the small world's where the shipped small
-    model stands in, which could not read anything else.
+    model stands in, which could not read anything else. A directory may be that of a stage which made data.
     """
     if name == "default" and model is not None and "small-" in Path(find_model(model).path).name:
         name = "smallworld"
     if name.partition(":")[0] != "smallworld":
-        return resolve_data(name)
+        return made_files(Path(name)) or resolve_data(name)
     from posttrain.data import smallworld
 
     count = int(size) if (size := name.partition(":")[2]) else 96
@@ -126,10 +129,33 @@ def load_examples(stage: Any, ctx: Context, part: str) -> list[Example]:
     Raises:
         ConfigError: the data has no such part.
     """
-    files = data_files(stage.data, _root_model(stage))
+    made = isinstance(stage.data, Stage)
+    files = made_files(ctx.inputs["data"]) if made else data_files(stage.data, _root_model(stage))
     if part not in files:
-        raise _lacks(stage.data, part, files)
+        raise _lacks(ctx.inputs["data"].name if made else stage.data, part, files)
     return read_part(files[part], ctx, getattr(stage, "limit", None), getattr(stage, "skip_bad", 0))
+
+
+def made_files(directory: Path) -> dict[str, Path]:
+    """Files of data by part that a stage wrote (`posttrain.stages.making`); none where it made no data."""
+    return {path.stem: path for path in sorted((directory / "data").glob("*.jsonl"))}
+
+
+def load_any(stage: Any, ctx: Context) -> list[Example]:
+    """Read all of a stage's data: of several stages one after the other; of a name its ``part``, or the only one there is.
+
+    Raises:
+        ConfigError: several parts of which none is named, or not the one named.
+    """
+    places = [place for name, place in ctx.inputs.items() if name.partition(".")[0] == "data"]
+    sets = [made_files(place) for place in places] or [data_files(stage.data, None)]
+    found: list[Example] = []
+    for files, name in zip(sets, [p.name for p in places] or [stage.data], strict=True):
+        part = stage.part or (next(iter(files)) if len(files) == 1 else "")
+        if part not in files:
+            raise _lacks(name, part or "single part (name one with part)", files)
+        found += read_part(files[part], ctx, stage.limit, stage.skip_bad)
+    return found
 
 
 def _lacks(data: str, part: str, files: Iterable[str]) -> ConfigError:
@@ -181,18 +207,37 @@ def _root_model(stage: Stage) -> str | None:
 def stage_files(stage: Any) -> list[Path]:
     """Data files and local weights a stage reads, in a stable order; finding them is also the check that they exist."""
     out: list[Path] = []
-    if stage.DATA:
+    if isinstance(getattr(stage, "data", None), str):
         files = data_files(stage.data, _root_model(stage))
-        missing = [part for part in stage.DATA if part not in files]
-        if missing and stage.DATA[0] in missing:
+        parts = (stage.part,) if getattr(stage, "part", None) else stage.DATA or tuple(files)
+        missing = [part for part in parts if part not in files]
+        if missing and parts[0] in missing:
             raise _lacks(stage.data, missing[0], files)
-        out += [files[part] for part in stage.DATA if part in files]
+        out += [files[part] for part in parts if part in files]
     if isinstance(reward := getattr(stage, "reward", None), str):
-        if not (Path(reward) / "reward.json").exists():
-            raise ConfigError(f"no reward model in '{reward}' (no reward.json); give the directory of a reward stage")
-        out += [*model_files(reward), Path(reward) / "reward.json"]
+        out += reward_files(reward, functions=getattr(stage, "FUNCTIONS", False))
     if getattr(stage, "test", None):
         out.append(test_file(stage))
     if (name := stage_model(stage)) is not None:
         out += model_files(find_model(name).path)
     return out
+
+
+def reward_files(reward: str, *, functions: bool) -> list[Path]:
+    """Files that decide what a reward gives: of a reward stage's directory, or where allowed the module of a function.
+
+    Raises:
+        ConfigError: neither, nor the name of a reward.
+    """
+    if functions and reward in REWARDS:
+        return []
+    if functions and ":" in reward:
+        load_object(reward)
+        origin = getattr(sys.modules[reward.partition(":")[0]], "__file__", None)
+        return [Path(origin)] if origin else []
+    if not (Path(reward) / "reward.json").exists():
+        other = f", module:function, or one of {', '.join(REWARDS)}" if functions else ""
+        raise ConfigError(
+            f"no reward model in '{reward}' (no reward.json); give the directory of a reward stage{other}"
+        )
+    return [*model_files(reward), Path(reward) / "reward.json"]

@@ -18,6 +18,7 @@ from posttrain.forest import Row
 from posttrain.losses.games import win_rates
 from posttrain.models.load import cache_dir, load_policy, save_merged
 from posttrain.models.policy import Model
+from posttrain.rewards.comparing import WIN_RATE
 from posttrain.stages import Context, EvaluatePreference, Prefer
 from posttrain.train.loop import fit
 from posttrain.train.objectives import objective_of
@@ -91,6 +92,9 @@ def score_columns(objective: Any, examples: Sequence[Example]) -> dict[str, list
         each = [torch.tensor(s, dtype=torch.float64) for s in scores]
         scores = [win_rates(s, torch.zeros(len(s), dtype=torch.long)).tolist() for s in each]
     return {"score": scores}
+    rated = [[r.attributes.get(WIN_RATE) for r in e.responses] for e in examples]
+    if meaning == "win rate" and all(x is not None for row in rated for x in row):
+        return {"score": [[float(x or 0.0) for x in row] for row in rated]}
 
 
 def token_columns(
