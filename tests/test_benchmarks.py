@@ -17,9 +17,11 @@ from benchmarks.compare.session import Session, plan
 from benchmarks.compare.workload import completed, lengths, near_ratio, rollouts
 from transformers import AutoModelForCausalLM
 
+from posttrain.forest import Branch, Row
 from posttrain.models.load import find_model
 from posttrain.models.policy import forward_stats
 from posttrain.rollout.engine import Request, Sampling
+from posttrain.train.reference import row_logp
 from train.tiny import role
 
 STOP = 2
@@ -171,6 +173,9 @@ def test_the_forced_engine_ends_each_sample_at_its_own_length():
     assert [len(r.ids) for r in out] == [3, 1, 7, 2, 7, 5]
     assert all(r.ids[-1] == STOP and not stops & set(r.ids[:-1]) for r in out)
     assert FILL not in stops
+    rows = [Row(r.request.ids, [Branch(r.ids, {"sampled": [True] * len(r.ids)})]) for r in out]
+    again = torch.cat(row_logp(engine.model, rows, max_tokens=60, mask="sampled"))
+    assert [x for r in out for x in r.logp] == pytest.approx(again.tolist(), abs=1e-9)
 
 
 def test_our_grpo_update_is_the_clipped_loss_of_plain_padded_rows(tmp_path):

@@ -38,7 +38,7 @@ Job = dict[str, Any]
 Made = tuple[dict[str, Model], Any, Source]
 
 LOOSE = 5.0
-"""Tolerance of the ratio before updates: given log-probabilities are off by some noise, forced ends were not drawn."""
+"""Tolerance of the ratio before updates: given log-probabilities are off by some noise."""
 
 
 METRICS["logp/mean"] = Metric("nats a token", "mean log-probability of the completions' tokens under the policy")
@@ -95,7 +95,7 @@ def grpo_step(job: Job, found: dict[str, Any]) -> Made:
     found["sync"] = adapter_sync(job)
     policy = trained(job)
     source = rollout_source(job, policy, advantage=group_z, least=2)
-    return {"policy": policy}, PolicyGradient(critic=False, ratio_tolerance=LOOSE), source
+    return {"policy": policy}, PolicyGradient(critic=False, ratio_tolerance=tolerance(job)), source
 
 
 def ppo(job: Job, found: dict[str, Any]) -> Made:
@@ -107,8 +107,13 @@ def ppo(job: Job, found: dict[str, Any]) -> Made:
         model.net.to(job["device"])
     advantage = estimator(row, gamma=1.0, lam=0.95)
     source = rollout_source(job, policy, reference, value, advantage=advantage, kl=row.numbers["kl"])
-    objective = policy_gradient(row, longest=job["longest"], ratio_tolerance=LOOSE)
+    objective = policy_gradient(row, longest=job["longest"], ratio_tolerance=tolerance(job))
     return {"policy": policy, "value": value}, objective, source
+
+
+def tolerance(job: Job) -> float:
+    """By how much sampler and trainer may differ: as in the stages."""
+    return 1e-4 if job["dtype"] == "fp32" else 0.1
 
 
 def rollout_source(

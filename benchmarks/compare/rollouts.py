@@ -11,6 +11,7 @@ from benchmarks.compare.measure import DTYPES, Clock
 
 from posttrain.models import lora as adapters
 from posttrain.models.load import load_policy
+from posttrain.ops.token_stats import logits_of
 from posttrain.rollout.engine import Request, Rollout, Sampling
 from posttrain.rollout.local import LocalEngine, _Decoder
 
@@ -19,17 +20,22 @@ FILL = 5
 
 
 class _Forced(_Decoder):
-    """Ends each sequence at its own length, whatever was drawn there."""
+    """Ends each sequence at its own length, whatever was drawn there; log-probabilities are those of what stands there."""
 
     lengths: Sequence[int]
 
     def _sample(self, states: torch.Tensor, slots: list[Any]) -> None:
         super()._sample(states, slots)
-        for slot in slots:
-            if len(slot.ids) == self.lengths[slot.index]:
-                slot.ids[-1] = min(self.engine.stop_ids)
-            elif slot.ids[-1] in self.engine.stop_ids:
-                slot.ids[-1] = FILL
+        stops, changed = self.engine.stop_ids, list[int]()
+        for place, slot in enumerate(slots):
+            due = len(slot.ids) == self.lengths[slot.index]
+            if due or slot.ids[-1] in stops:
+                slot.ids[-1] = min(stops) if due else FILL
+                changed.append(place)
+        if changed and self.sampling.temperature:
+            logp = logits_of(states[changed], self.head, self.sampling.temperature).log_softmax(1)
+            for row, place in enumerate(changed):
+                slots[place].logp[-1] = float(logp[row, slots[place].ids[-1]])
 
 
 @dataclass
