@@ -71,3 +71,28 @@ def flops(shape: Shape, work: Pass, *, train: bool, recomputed: bool = False) ->
 def optimiser_bytes(shape: Shape, dtype: str) -> float:
     """Bytes that clipping and AdamW move: fp32 gradient, weight and moments read, all but the gradient written."""
     return shape.parameters * 4 * 7 + (shape.parameters * 8 if dtype == "bf16" else 0)
+
+
+def kept_bytes(model: str, dtype: str) -> float:
+    """Bytes a token that the layers of a Llama-like model keep for their backward pass, attention's scores left out.
+
+    A layer keeps, of each of two norms, its input and normalised input in fp32 or as computed, and its output; of attention
+    the queries, keys and values, widened to fp32 for short rows, and its output twice; of the MLP four products.
+    """
+    c = json.loads((Path(model) / "config.json").read_text())
+    size = 2 if dtype == "bf16" else 4
+    width, heads = c["hidden_size"], c["num_attention_heads"]
+    head = c.get("head_dim") or width // heads
+    queries, keys = heads * head, c.get("num_key_value_heads", heads) * head
+    norms = 2 * width * (4 + 2 * size)
+    return c["num_hidden_layers"] * (norms + queries * (8 + size) + 8 * keys + 4 * size * c["intermediate_size"])
+
+
+def step_bytes(shape: Shape, kept: float, tokens: float, dtype: str) -> float:
+    """Bytes above weights, masters and moments that a step must hold, ``tokens`` being those of its largest pass.
+
+    The larger of what layers keep with a chunk of logits, its gradient and the gradient of the output layer in fp32, and of
+    all gradients beside those of the fp32 masters.
+    """
+    gradients = shape.parameters * (6 if dtype == "bf16" else 4)
+    return max(kept * tokens + 2 * 64 * 2**20 + 4 * shape.head, gradients)
