@@ -75,6 +75,8 @@ def ranked(examples: list[Example], objective: Any, ctx: Context) -> list[Exampl
 def score_columns(objective: Any, examples: Sequence[Example]) -> dict[str, list[list[float]]]:
     """Scores of responses as the loss means them: their own, or the probability to beat the others, or by rank alone.
 
+    Where all responses are rated by a ``win_rate``, against more samples than stand in the data, it is that one.
+
     Raises:
         DataError: a response without a score that the loss reads.
     """
@@ -88,13 +90,13 @@ def score_columns(objective: Any, examples: Sequence[Example]) -> dict[str, list
             if r.score is None:
                 raise fault(e, i, "score", f"response {k} (from 0) has none, which this loss reads", "score it")
     scores = [[float(r.score or 0.0) for r in e.responses] for e in examples]
+    rated = [[r.attributes.get(WIN_RATE) for r in e.responses] for e in examples]
+    if meaning == "win rate" and all(x is not None for row in rated for x in row):
+        return {"score": [[float(x or 0.0) for x in row] for row in rated]}
     if meaning == "win rate":
         each = [torch.tensor(s, dtype=torch.float64) for s in scores]
         scores = [win_rates(s, torch.zeros(len(s), dtype=torch.long)).tolist() for s in each]
     return {"score": scores}
-    rated = [[r.attributes.get(WIN_RATE) for r in e.responses] for e in examples]
-    if meaning == "win rate" and all(x is not None for row in rated for x in row):
-        return {"score": [[float(x or 0.0) for x in row] for row in rated]}
 
 
 def token_columns(
