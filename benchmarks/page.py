@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks import precision, scaling
+from benchmarks import decode, precision, scaling
 from benchmarks.compare import report
 from benchmarks.compare.peers import ROOT
 from benchmarks.compare.session import RESULTS, Session, read_sessions
@@ -40,7 +40,7 @@ def main() -> None:
     sessions = [s for file in sorted(RESULTS.glob("compare-*.jsonl")) for s in newest(file)]
     if not sessions:
         raise SystemExit(f"no complete session in {RESULTS}; run python -m benchmarks.compare first")
-    others = [precision.section(), scaling.section(IMAGES)]
+    others = [*decode.sections(), precision.section(), scaling.section(IMAGES)]
     parts = [INTRO, *(section(s) for s in sessions), *others, LEVERS.read_text()]
     PAGE.write_text("\n".join(filter(None, parts)))
     print(f"wrote {PAGE.relative_to(ROOT)} from {len(sessions)} sessions")

@@ -11,7 +11,10 @@ from torch import nn
 from posttrain.errors import ConfigError, ModelError
 from posttrain.forest import Branch, Row, build_forest
 from posttrain.models.policy import Model, forward_stats, hidden_states
+from posttrain.models.shared_slots import SharedSlots
+from posttrain.models.slots import SlotLayout
 from posttrain.ops.token_stats import logits_of
+from posttrain.rollout import local
 from posttrain.rollout.engine import Request, Sampling, uniforms
 from posttrain.rollout.local import LocalEngine, sampled_logits
 from tiny import VOCAB, ours, plain_net
@@ -54,6 +57,31 @@ def test_slots_and_order_change_nothing(model, temperature):
             other = again[one.request]
             assert (other.ids, other.stopped) == (one.ids, one.stopped), slots
             assert other.logp == pytest.approx(one.logp, abs=1e-12)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_shared_prompts_change_nothing(family, monkeypatch):
+    """Slots that read their prompt's keys from one place, against slots with a copy each; groups come and go."""
+    model = Model(ours(plain_net(family)))
+    made = []
+    kinds = {True: SharedSlots, False: SlotLayout}
+
+    def run(shared, slots):
+        monkeypatch.setattr(local, "SharedSlots", lambda *args: made.append(kinds[shared](*args)) or made[-1])
+        return LocalEngine(model, STOPS, slots=slots).generate(REQUESTS, Sampling(max_new_tokens=70, temperature=0.5))
+
+    for slots in (2, 9, 32):
+        ours_, copies = run(True, slots), run(False, slots)
+        assert [r.ids for r in ours_] == [r.ids for r in copies]
+        assert max(len(r.ids) for r in ours_) > 40
+        torch.testing.assert_close(recorded(ours_), recorded(copies), atol=1e-12, rtol=0)
+    assert [type(x) for x in made] == [SharedSlots, SlotLayout] * 3
+
+
+def test_few_samples_of_a_prompt_have_copies(llama, monkeypatch):
+    monkeypatch.setattr(local, "SharedSlots", None)
+    requests = [Request(p, (k,)) for k, p in enumerate((*PROMPTS, PROMPTS[0], PROMPTS[1]))]
+    assert len(LocalEngine(llama, STOPS).generate(requests, Sampling(max_new_tokens=4))) == 7
 
 
 def test_every_stop_id_ends_and_nothing_else_does(llama):
@@ -124,7 +152,7 @@ def test_cut_distributions_are_normalised_over_their_support(llama, cut):
     sampling = Sampling(max_new_tokens=1, temperature=0.8, **cut)
     with torch.no_grad():
         states = hidden_states(llama, forest)[forest.source]
-        logp = sampled_logits(states, llama.head, sampling).log_softmax(1)
+        logp = sampled_logits(states @ llama.head.weight.T, llama.head, sampling).log_softmax(1)
         full = logits_of(states, llama.head).div(0.8).softmax(1)
     for row, p in zip(logp, full, strict=True):
         ranked = p.sort(descending=True).values[: cut.get("top_k", VOCAB)]

@@ -2,7 +2,7 @@
 
 A forward pass of any dense decoder gets ``layout=`` among its keyword arguments; every attention layer hands its query,
 key and value to that layout. `TreeLayout` computes a prompt once for all its branches;
-`SlotLayout` decodes one token a slot against a static cache.
+`posttrain.models.slots.SlotLayout` decodes one token a slot against a cache.
 """
 
 from __future__ import annotations
@@ -159,56 +159,6 @@ class TreeLayout:
         return torch.cat(flat).index_select(0, self.inverse)[None]
 
 
-class SlotLayout:
-    """A static key-value cache of S slots, each decoding its own sequence one token a step.
-
-    ``cache[layer] = (key, value)``, each ``[S, Hk, L, D]``; ``position`` ``[S]`` is where this step's token stands.
-    """
-
-    def __init__(self, slots: int, length: int) -> None:
-        self.slots, self.length = slots, length
-        self.cache: dict[int, tuple[Tensor, Tensor]] = {}
-        self.position = torch.zeros(slots, dtype=torch.long)
-        self.rows = torch.arange(slots)
-
-    def load(self, slot: int, sink: dict[int, Any], span: tuple[int, int]) -> None:
-        """Put a prefilled prompt (tokens ``span`` of the prefill's packed stream) into a slot."""
-        start, end = span
-        for layer, (key, value) in sink.items():
-            if layer not in self.cache:
-                shape = (self.slots, key.shape[1], self.length, key.shape[2])
-                self.cache[layer] = (key.new_zeros(shape), value.new_zeros((*shape[:3], value.shape[2])))
-            for kept, fresh in zip(self.cache[layer], (key, value), strict=True):
-                kept[slot, :, : end - start] = fresh[start:end].transpose(0, 1)
-
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float,
-        softcap: float | None,
-        window: int | None,
-    ) -> Tensor:
-        """Return ``[S, 1, H, D]`` from query ``[S, H, 1, D]`` and this step's key and value ``[S, Hk, 1, D]``."""
-        keys, values = self.cache[layer]
-        count = len(query)
-        rows, position = self.rows[:count], self.position[:count]
-        keys[rows, :, position] = key[:, :, 0]
-        values[rows, :, position] = value[:, :, 0]
-        used = int(position.max()) + 1
-        step = torch.arange(used, device=position.device)
-        mask = step[None] <= position[:, None]
-        if window is not None:
-            mask = mask & (position[:, None] - step[None] < window)
-        kv_heads = keys.shape[1]
-        # The queries of one key head stand as rows of one attention, so that keys are not copied for each of them.
-        grouped = query.reshape(count, kv_heads, query.shape[1] // kv_heads, query.shape[3])
-        out = attend(grouped, keys[:count, :, :used], values[:count, :, :used], mask[:, None, None], scaling, softcap)
-        return out.reshape(count, 1, query.shape[1], values.shape[3])
-
-
 def _alike(
     rows: Sequence[tuple[tuple[int, int], tuple[int, int]]],
 ) -> list[list[tuple[tuple[int, int], tuple[int, int]]]]:
@@ -247,7 +197,7 @@ def _forward(
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
-    layout: TreeLayout | SlotLayout | None = None,
+    layout: Any = None,
     softcap: float | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,

@@ -69,7 +69,11 @@ def token_stats(
 
 def logits_of(hidden: Tensor, head: Head, temperature: float = 1.0) -> Tensor:
     """Return ``[M, V]`` logits over temperature, at least fp32, of hidden states ``[M, d]``; for chunks and for sampling."""
-    raw = torch.nn.functional.linear(hidden, head.weight, head.bias)
+    return finished(torch.nn.functional.linear(hidden, head.weight, head.bias), head, temperature)
+
+
+def finished(raw: Tensor, head: Head, temperature: float = 1.0) -> Tensor:
+    """The logits of an output layer's product ``[M, V]`` of states and weights (with bias): in fp32, scaled, soft-capped."""
     raw = raw if raw.dtype == torch.float64 else raw.float()
     if head.scale != 1.0:
         raw = raw * head.scale

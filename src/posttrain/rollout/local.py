@@ -10,13 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from posttrain.errors import ModelError
 from posttrain.forest import Tree
 from posttrain.models import lora as adapters
-from posttrain.models.attention import SlotLayout, TreeLayout
+from posttrain.models.attention import TreeLayout
+from posttrain.models.decode import decoder_of
 from posttrain.models.policy import Model
-from posttrain.ops.token_stats import logits_of
+from posttrain.models.shared_slots import SharedSlots
+from posttrain.models.slots import SlotLayout
+from posttrain.ops.token_stats import Head, finished
 from posttrain.rollout.engine import Request, Rollout, Sampling, uniforms
 
 _BLOCK = 256  # entries of the vocabulary whose mass is summed before any is looked at
@@ -94,8 +98,10 @@ class _Decoder:
         )
         self.head = engine.model.head
         self.device = self.head.weight.device
-        longest = max(len(r.ids) for r in requests)
-        self.layout = SlotLayout(min(engine.slots, len(requests)), longest + sampling.max_new_tokens)
+        self.decoder = decoder_of(engine.model)
+        slots = min(engine.slots, len(requests))
+        shared = self.decoder is not None and len({r.ids for r in requests}) * 2 <= len(requests) and slots > 1
+        self.layout = SharedSlots(slots, self.device) if shared else SlotLayout(slots, self.device)
         self.active: list[_Slot] = []
         self.prefilled: dict[tuple[int, ...], _Prefill] = {}
         self.done: dict[int, Rollout] = {}
@@ -121,7 +127,6 @@ class _Decoder:
             known = self.prefilled[request.ids]
             place = len(self.active)
             self.layout.load(place, known.sink, known.span)
-            self.layout.position[place] = len(request.ids) - 1
             slot = _Slot(index, uniforms(request.key, self.sampling.max_new_tokens))
             self.active.append(slot)
             slots.append(slot)
@@ -151,16 +156,23 @@ class _Decoder:
     def _step(self) -> None:
         """Feed every slot's newest token and sample the next."""
         count = len(self.active)
-        ids = torch.tensor([[slot.ids[-1]] for slot in self.active], device=self.device)
-        self.layout.position[:count] += 1
-        positions = self.layout.position[:count, None]
-        out = self.engine.model.trunk(input_ids=ids, position_ids=positions, use_cache=False, layout=self.layout)
-        self._sample(out.last_hidden_state[:, 0], self.active)
+        ids = torch.tensor([slot.ids[-1] for slot in self.active], device=self.device)
+        positions = self.layout.advance(count)
+        if self.decoder is not None:
+            states = self.decoder.states(ids, positions, self.layout)
+        else:
+            trunk, layout = self.engine.model.trunk, self.layout
+            out = trunk(input_ids=ids[:, None], position_ids=positions[:, None], use_cache=False, layout=layout)
+            states = out.last_hidden_state[:, 0]
+        self._sample(states, self.active)
         self._retire()
 
     def _sample(self, states: Tensor, slots: list[_Slot]) -> None:
         """Append one token to each slot, drawn by inverting the cumulative distribution at the slot's own uniform."""
-        logits = sampled_logits(states, self.head, self.sampling)
+        product = (
+            linear(states, self.head.weight, self.head.bias) if self.decoder is None else self.decoder.head(states)
+        )
+        logits = sampled_logits(product, self.head, self.sampling)
         draw = torch.tensor([slot.draws[len(slot.ids)] for slot in slots], dtype=torch.float64, device=self.device)
         tokens, logp = invert(logits, draw)
         for slot, token, value in zip(slots, tokens.tolist(), logp.tolist(), strict=True):
@@ -180,9 +192,7 @@ class _Decoder:
             last = len(self.active) - 1
             if place != last:
                 self.active[place] = self.active[last]
-                self.layout.position[place] = self.layout.position[last]
-                for key, value in self.layout.cache.values():
-                    key[place], value[place] = key[last], value[last]
+                self.layout.move(last, place)
             self.active.pop()
             if self.on_done is not None:
                 self.on_done(len(self.done))
@@ -191,12 +201,15 @@ class _Decoder:
 def invert(logits: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens ``[S]`` at which the cumulative distribution of ``softmax(logits)`` ``[S, V]`` passes ``draw`` ``[S]`` in [0, 1).
 
-    Also their log-probabilities ``[S]``, in nats. The mass is summed in float64 block by block, so that only the block a
+    Also their log-probabilities ``[S]``, in nats. The mass is summed block by block, over blocks in float64, so that only the block a
     draw falls into is looked at token by token: one exponential an entry, and no cumulative sum over the vocabulary.
     """
     top = logits.amax(1, keepdim=True)
-    mass = torch.nn.functional.pad((logits - top).exp_(), (0, -logits.shape[1] % _BLOCK)).unflatten(1, (-1, _BLOCK))
-    upto = mass.sum(2, dtype=torch.float64).cumsum(1)
+    mass = (logits - top).exp_()
+    if odd := logits.shape[1] % _BLOCK:
+        mass = torch.nn.functional.pad(mass, (0, _BLOCK - odd))
+    mass = mass.unflatten(1, (-1, _BLOCK))
+    upto = mass.sum(2).double().cumsum(1)
     total = upto[:, -1]
     point = (draw * total)[:, None]
     block = torch.searchsorted(upto, point, right=True).clamp(max=upto.shape[1] - 1)
@@ -210,16 +223,16 @@ def invert(logits: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
     return tokens, logp.to(logits.dtype)
 
 
-def sampled_logits(states: Tensor, head: Any, sampling: Sampling) -> Tensor:
-    """Logits ``[S, V]`` of the distribution that is sampled, -inf outside the top-k and top-p support.
+def sampled_logits(product: Tensor, head: Head, sampling: Sampling) -> Tensor:
+    """Logits ``[S, V]`` of the distribution that is sampled, from the output layer's product; -inf outside its support.
 
     At temperature 0 the likeliest token has probability 1.
     """
     if sampling.temperature == 0:
-        logits = logits_of(states, head)
+        logits = finished(product, head)
         best = logits.argmax(1, keepdim=True)
         return torch.full_like(logits, float("-inf")).scatter(1, best, 0.0)
-    logits = logits_of(states, head, sampling.temperature)
+    logits = finished(product, head, sampling.temperature)
     if sampling.top_k is not None and sampling.top_k < logits.shape[1]:
         floor = logits.topk(sampling.top_k, 1).values[:, -1:]
         logits = logits.masked_fill(logits < floor, float("-inf"))
