@@ -24,6 +24,7 @@ from posttrain.arguments import convert, flag, flags, keyword_options, split, ty
 from posttrain.cli_compare import compare, gather_losses
 from posttrain.cli_data import dispatch as dispatch_data
 from posttrain.cli_list import list_names
+from posttrain.cli_merge import dispatch as dispatch_merge
 from posttrain.cli_making import generate, label, select
 from posttrain.cli_runs import diff, gather, replay, rerun, show_finished, sweep
 from posttrain.errors import ConfigError, PosttrainError, printable, suggest
@@ -179,6 +180,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "compare": compare,
     "chat": chat,
     "data": dispatch_data,
+    "merge": dispatch_merge,
     "doctor": doctor,
     "list": list_names,
 }
@@ -207,8 +209,8 @@ def dispatch(args: list[str]) -> int:
         print(overview())
     elif args[0] == "--version":
         print(f"posttrain {posttrain.__version__}")
-    elif args[0] == "data":
-        return dispatch_data(args[1:])
+    elif args[0] in ("data", "merge"):
+        return (dispatch_data if args[0] == "data" else dispatch_merge)(args[1:])
     elif args[0] not in COMMANDS:
         kind = "option" if args[0].startswith("-") else "command"
         raise ConfigError(f"unknown {kind} '{args[0]}'; {suggest(args[0], [*COMMANDS, '--help', '--version'])}")

@@ -59,6 +59,8 @@ def merge_models(
     facts = merges.facts(method)
     merges.bound(method, options or {})
     shares = checked_weights(method, len(parts), weights, facts.get("weights", True))
+    if base is not None and "base" not in facts.get("needs", ()):
+        raise ConfigError(f"'{method}' reads no base, got '{base.path}'; leave it out")
     if (out / "config.json").exists():
         raise ConfigError(f"'{out}' holds a model; choose another directory")
     if len(prompts) < PROMPTS:

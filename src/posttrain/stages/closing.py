@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from posttrain.stages.base import PARAMETERS, Overlong, Plan, Stage
@@ -142,13 +142,31 @@ class MeasurePreference(HeldOut, _TrainedPolicy):
 
 @dataclass(frozen=True, kw_only=True)
 class Merge(Stage):
-    """Write a policy as one plain model directory: its adapter merged into the weights of the stage it started from."""
+    """Write one plain model directory: a policy, its adapter added to ``base`` at full precision, or several merged.
+
+    ``others`` are merged with ``policy`` by ``method`` (`posttrain.models.merge`) with ``weights`` (equal ones if none are given)
+    and the method's ``options``. ``base`` is also what task vectors are measured from. Nothing is written unless the result
+    computes what it should on 16 prompts.
+    """
 
     WORK: ClassVar[str] = "posttrain.work.merge:run"
     policy: Stage
-    base: Stage
+    base: Stage | str
+    others: tuple[Stage, ...] = ()
+    method: str = "average"
+    weights: tuple[float, ...] = ()
+    options: dict[str, float] = field(default_factory=dict[str, float])
     after: Stage | None = None  # only so that this directory is the last one written
 
+    def check(self) -> None:
+        """Also refuse a method, an option or weights that can't be."""
+        from posttrain.models.merge import checked_weights, merges
+
+        merges.bound(self.method, self.options)
+        taken = merges.facts(self.method).get("weights", True)
+        checked_weights(self.method, 1 + len(self.others), self.weights or None, taken)
+        super().check()
+
     def plan(self) -> Plan:
-        """Reading and writing weights."""
+        """Reading and writing weights; the check holds two models in fp32."""
         return Plan(memory=PARAMETERS * 8)
