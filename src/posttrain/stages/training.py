@@ -24,8 +24,14 @@ class Training(Stage):
     ``save_every`` steps and the newest ``keep`` stay. ``skip_bad`` faulty rows of the data are left out and counted.
 
     ``checkpointing`` computes what layers keep for the backward pass again: less memory, a third more time, equal numbers.
+
+    ``merging`` merges each step of a policy trained whole with what ``model`` had learnt since ``merging_base`` (a name, directory
+    or stage): "none", or a rule of `posttrain.train.online_merging`, with the share ``merging_alpha`` of that and the share
+    ``merging_keep`` of entries.
     """
 
+    MERGED: ClassVar[bool] = False
+    """Whether the stage's work merges its policy's steps."""
     model: str | Stage = "smollm2"
     data: str | Stage = "default"
     lr: float = 1e-5
@@ -33,6 +39,10 @@ class Training(Stage):
     warmup_steps: int = 0
     lora_rank: int = 0
     lora_alpha: int = 32
+    merging: str = "none"
+    merging_base: str | Stage | None = None
+    merging_alpha: float = 1e-7
+    merging_keep: float = 0.5
     dtype: str = "auto"
     max_length: int = 2048
     overlong: Overlong = "error"
@@ -51,6 +61,20 @@ class Training(Stage):
             raise ConfigError(
                 f"got lr={self.lr}, lora_rank={self.lora_rank}, max_tokens={self.max_tokens}; expected lr > 0, rank >= 0, tokens >= 1"
             )
+
+    def check(self) -> None:
+        """Also refuse a merging that can't be."""
+        if self.merging != "none":
+            from posttrain.train.online_merging import check_numbers
+
+            check_numbers(self.merging, self.merging_alpha, self.merging_keep)
+            if not self.MERGED or self.lora_rank or self.merging_base is None:
+                got = f"lora_rank={self.lora_rank}, merging_base={self.merging_base}"
+                raise ConfigError(
+                    f"got merging='{self.merging}' with {got} in {type(self).__name__}; it merges steps of a policy that is trained "
+                    "whole (lora_rank 0) with what it learnt since merging_base, a model"
+                )
+        super().check()
 
     def step_flops(self, tokens: float) -> float:
         """Forward and backward of ``tokens``: 6 operations a parameter, 4.4 when only adapters are trained; 2 to compute again."""
@@ -99,6 +123,7 @@ class SFT(Training):
     """
 
     WORK: ClassVar[str] = "posttrain.work.supervised:run"
+    MERGED: ClassVar[bool] = True
     DATA: ClassVar[tuple[str, ...]] = ("demonstrations",)
     TINY: ClassVar[Mapping[str, Any]] = {
         "model": "small-base",
@@ -158,6 +183,7 @@ class Prefer(Training):
     """
 
     WORK: ClassVar[str] = "posttrain.work.prefer:run"
+    MERGED: ClassVar[bool] = True
     DATA: ClassVar[tuple[str, ...]] = ("rankings",)
     TINY: ClassVar[Mapping[str, Any]] = {
         "model": "small", "data": "smallworld", "lora_rank": 0, "lr": 1e-4, "epochs": 1.0, "prompts_per_step": 8, "warmup_steps": 2,
@@ -231,6 +257,7 @@ class Reinforce(Training):
     """
 
     WORK: ClassVar[str] = "posttrain.work.reinforce:run"
+    MERGED: ClassVar[bool] = True
     DATA: ClassVar[tuple[str, ...]] = ("prompts",)
     TINY: ClassVar[Mapping[str, Any]] = {
         "model": "small", "data": "smallworld", "lora_rank": 8, "lr": 1e-3, "steps": 12, "prompts_per_step": 8, "samples_per_prompt": 2,

@@ -218,6 +218,8 @@ def stage_files(stage: Any) -> list[Path]:
         out += reward_files(reward, functions=getattr(stage, "FUNCTIONS", False))
     if getattr(stage, "test", None):
         out.append(test_file(stage))
+    if isinstance(merging := getattr(stage, "merging_base", None), str):
+        out += model_files(find_model(merging).path)
     if (name := stage_model(stage)) is not None:
         out += model_files(find_model(name).path)
     return out

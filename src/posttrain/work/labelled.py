@@ -21,6 +21,7 @@ from posttrain.train.optim import Optim
 from posttrain.train.sources import response_source, with_mismatched
 from posttrain.types import Example
 from posttrain.work.inputs import choose_dtype, load_examples, row_weights, start_from
+from posttrain.work.online_merging import merged_steps
 from posttrain.work.prefer import MARGIN, reference_role, start_logp
 from posttrain.work.supervised import adapters, training_run
 
@@ -60,6 +61,7 @@ def run(stage: PreferLabelled, ctx: Context) -> None:
         role_lr={"value": stage.value_lr} if valued else {},
         schedule=stage.schedule,
         warmup_steps=stage.warmup_steps,
+        merge=merged_steps(stage, ctx, start, policy),
     )
     run = training_run(stage, ctx, round(stage.epochs * source.steps_per_epoch), ctx.dir.name)
     fit(models, objective, source, optim=optim, run=run)

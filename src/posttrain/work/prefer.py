@@ -28,6 +28,7 @@ from posttrain.train.sources import ranking_source
 from posttrain.types import Example
 from posttrain.work.heldout import baseline_scores, fitting, machine, stage_seconds
 from posttrain.work.inputs import Start, choose_dtype, load_examples, read_part, row_weights, start_from, test_file
+from posttrain.work.online_merging import merged_steps
 from posttrain.work.supervised import adapters, optimiser, training_run
 
 MARGIN = {torch.float32: 1e-3, torch.bfloat16: 2.0}
@@ -57,7 +58,8 @@ def run(stage: Prefer, ctx: Context) -> None:
     )
     run = training_run(stage, ctx, round(stage.epochs * source.steps_per_epoch), ctx.dir.name)
     models = {"policy": policy} | reference_role(objective, policy, start, dtype)
-    fit(models, objective, source, optim=optimiser(stage), run=run)
+    optim = optimiser(stage, merged_steps(stage, ctx, start, policy))
+    fit(models, objective, source, optim=optim, run=run)
     save_merged(policy, start.path, ctx.dir, start.tokenizer)
 
 

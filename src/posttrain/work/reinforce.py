@@ -27,6 +27,7 @@ from posttrain.train.optim import Optim
 from posttrain.train.policy_gradient import estimator, policy_gradient
 from posttrain.train.rollouts import Plan, RolloutSource
 from posttrain.work.inputs import choose_dtype, load_examples, refuse_weights, stage_dir, start_from
+from posttrain.work.online_merging import merged_steps
 from posttrain.work.supervised import adapters, training_run
 
 
@@ -73,6 +74,7 @@ def run(stage: Reinforce, ctx: Context) -> None:
         role_lr={"value": stage.value_lr},
         schedule=stage.schedule,
         warmup_steps=stage.warmup_steps,
+        merge=merged_steps(stage, ctx, start, policy),
     )
     run = training_run(stage, ctx, stage.steps, "reinforce")
     if stage.max_kl is not None:  # the last checkpoint that was measured is one of those before the newest rollout

@@ -8,9 +8,11 @@ from posttrain.models.lora import Lora
 from posttrain.stages import SFT, Context, Training
 from posttrain.train.loop import Run, fit
 from posttrain.train.objectives import Supervised
+from posttrain.train.online_merging import OnlineMerge
 from posttrain.train.optim import Optim
 from posttrain.train.sources import demonstration_source
 from posttrain.work.inputs import choose_dtype, load_examples, row_weights, start_from
+from posttrain.work.online_merging import merged_steps
 
 
 def run(stage: SFT, ctx: Context) -> None:
@@ -27,7 +29,8 @@ def run(stage: SFT, ctx: Context) -> None:
         start.path, dtype=choose_dtype(stage.dtype, start.path), lora=adapters(stage), train=True, seed=ctx.seed
     )
     run = training_run(stage, ctx, round(stage.epochs * source.steps_per_epoch), "sft")
-    fit({"policy": model}, Supervised(), source, optim=optimiser(stage), run=run)
+    optim = optimiser(stage, merged_steps(stage, ctx, start, model))
+    fit({"policy": model}, Supervised(), source, optim=optim, run=run)
     save_merged(model, start.path, ctx.dir, start.tokenizer)
 
 
@@ -36,9 +39,9 @@ def adapters(stage: Training) -> Lora | None:
     return Lora(rank=stage.lora_rank, alpha=stage.lora_alpha) if stage.lora_rank else None
 
 
-def optimiser(stage: Training) -> Optim:
+def optimiser(stage: Training, merge: OnlineMerge | None = None) -> Optim:
     """The stage's optimiser."""
-    return Optim(lr=stage.lr, schedule=stage.schedule, warmup_steps=stage.warmup_steps)
+    return Optim(lr=stage.lr, schedule=stage.schedule, warmup_steps=stage.warmup_steps, merge=merge)
 
 
 def training_run(stage: Training, ctx: Context, steps: int, title: str) -> Run:
