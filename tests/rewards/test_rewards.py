@@ -37,14 +37,14 @@ def model():
 
 def test_function_of_the_last_turn_and_the_text():
     reward = from_function(lambda prompt, text: len(prompt) * 10 + len(text), "size")
-    assert reward([completion(), completion(text="")]) == [Score(53.0, {"size": 53.0}), Score(50.0, {"size": 50.0})]
+    assert reward([completion(), completion(text="")]) == [Score(53.0), Score(50.0)]
     assert reward([]) == []
 
 
 @pytest.mark.parametrize("value", [2, 2.0, np.float32(2), np.float64(2), np.int64(2)])
 def test_any_real_number_is_a_score(value):
     (score,) = from_function(lambda p, t: value)([completion()])
-    assert score == Score(2.0, {"function": 2.0}) and type(score.value) is float
+    assert score == Score(2.0) and type(score.value) is float
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, "0.5", None, [1]])

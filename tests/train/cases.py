@@ -73,6 +73,8 @@ def make(name: str, seed: int = 0):
     tokens = {
         "old_logp": lambda: stats["logp"] + 0.3 * noise(),
         "ref_logp": lambda: stats["logp"] + 0.3 * noise(),
+        "old_cost_value": lambda: stats["value"] + 0.3 * noise(),
+        "cost_return": noise,
         "old_value": lambda: stats["value"] + 0.3 * noise(),
         "advantage": noise,
         "return": noise,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Protocol
+from typing import Any, Protocol
 
 from posttrain.errors import RewardError
 from posttrain.types import Example
@@ -37,6 +37,21 @@ class Score:
     value: float | None
     parts: Mapping[str, float] = field(default_factory=dict[str, float])
     steps: Mapping[int, float] = field(default_factory=dict[int, float])
+
+
+def kept_score(score: Score) -> Any:
+    """A score as JSON has it: its value alone where there is nothing else, as where its one part is the whole."""
+    if not score.steps and all(v == score.value for v in score.parts.values()) and len(score.parts) < 2:
+        return score.value
+    return {"value": score.value, "steps": list(score.steps.items()), "parts": dict(score.parts)}
+
+
+def read_score(kept: Any) -> Score:
+    """What `kept_score` made."""
+    if not isinstance(kept, dict):
+        return Score(kept)
+    known: dict[str, Any] = kept
+    return Score(known["value"], known.get("parts", {}), {int(k): v for k, v in known["steps"]})
 
 
 class BadScore(RewardError):
@@ -83,7 +98,7 @@ def from_function(function: Callable[[str, str], float], name: str = "function")
             value = function(c.example.prompt[-1].content, c.text)
             if not isinstance(value, Real):
                 raise RewardError(f"reward '{name}' returned {value!r} for {c.text[:80]!r}; expected a finite number")
-            scores.append(Score(float(value), {name: float(value)}))
+            scores.append(Score(float(value)))
         require_finite(completions, scores, f"reward '{name}' returned")
         return scores
 

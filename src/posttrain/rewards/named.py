@@ -27,7 +27,7 @@ def checked(name: str, check: Check) -> Reward:
         if completions and all(v is None for v in values):
             kinds = sorted({t.kind if t else "none" for t in targets})
             raise RewardError(f"reward '{name}' checks none of these rows, whose targets are: {', '.join(kinds)}")
-        return [Score(v, {} if v is None else {name: v}) for v in values]
+        return [Score(v) for v in values]
 
     return reward
 

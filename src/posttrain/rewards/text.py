@@ -11,12 +11,12 @@ from posttrain.rewards.base import Completion, Reward, Score
 from posttrain.rewards.constraints import speaks
 
 
-def of_text(name: str, function: Callable[[Completion], float | None]) -> Reward:
+def of_text(function: Callable[[Completion], float | None]) -> Reward:
     """A reward of each completion on its own; None abstains."""
 
     def reward(completions: Sequence[Completion]) -> list[Score]:
         values = [function(c) for c in completions]
-        return [Score(v, {} if v is None else {name: v}) for v in values]
+        return [Score(v) for v in values]
 
     return reward
 
@@ -34,7 +34,7 @@ def length(least: int, most: int, *, unit: str = "words") -> Reward:
         n = len(c.ids) if unit == "tokens" else len(c.text.split())
         return n / least if n < least else max(0.0, min(1.0, 2 - n / most))
 
-    return of_text("length", score)
+    return of_text(score)
 
 
 def matches(pattern: str) -> Reward:
@@ -46,7 +46,7 @@ def matches(pattern: str) -> Reward:
         form = re.compile(pattern, re.DOTALL)
     except re.error as error:
         raise ConfigError(f"got the pattern {pattern!r}, which is no regular expression: {error}") from error
-    return of_text("format", lambda c: float(form.fullmatch(c.text.strip()) is not None))
+    return of_text(lambda c: float(form.fullmatch(c.text.strip()) is not None))
 
 
 def repetition(size: int = 3, *, most: float = 1.0) -> Reward:
@@ -59,9 +59,9 @@ def repetition(size: int = 3, *, most: float = 1.0) -> Reward:
         runs = list(zip(*(words[i:] for i in range(size)), strict=False))
         return -most * (1 - len(set(runs)) / len(runs)) if runs else 0.0
 
-    return of_text("repetition", score)
+    return of_text(score)
 
 
 def in_language(code: str) -> Reward:
     """1 in the language of an ISO 639 code, 0 in another; abstains where it can't be told."""
-    return of_text("language", lambda c: None if (yes := speaks(c.text, code)) is None else float(yes))
+    return of_text(lambda c: None if (yes := speaks(c.text, code)) is None else float(yes))

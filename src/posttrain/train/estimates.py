@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from posttrain.forest import Batch, Branch, Forest, Row, build_forest, take
 from posttrain.losses.advantages import Returns, gae, token_reward, whitened_gae
 from posttrain.ops.masked import masked_mean, segment_sum, to_padded, whiten
+from posttrain.rewards.base import Completion
 from posttrain.train.rollout_plan import Group, Plan
 
 Advantage = Callable[[Returns], Tensor]
@@ -119,6 +121,10 @@ def rollout_metrics(
         "truncated/share": sum(r.truncated for r in rollouts) / len(rollouts),
         "abstained/share": sum(s is None for s in scores) / len(scores),
     }
+    parts = [part for g in groups for part in g.parts]
+    for name in sorted({name for part in parts for name in part}):
+        values = [part[name] for part in parts if name in part]
+        found[f"reward/part/{name}"] = sum(values) / len(values)
     if "ref_logp" in tokens:
         kl = segment_sum(tokens["old_logp"] - tokens["ref_logp"], forest.branch, len(rollouts))
         found["kl/mean"] = float(kl.mean())
@@ -130,3 +136,25 @@ def rollout_metrics(
         residual = masked_mean((error - masked_mean(error, live)) ** 2, live)
         found["value/explained"] = float(1 - residual / spread.clamp(min=1e-8))
     return found
+
+
+def records(completions: Sequence[Completion], groups: Sequence[Group], batch: Batch) -> list[dict[str, Any]]:
+    """A line of ``samples.jsonl`` for each response."""
+    scores = [s for g in groups for s in g.scores]
+    parts = [part for g in groups for part in g.parts]
+    kl: list[float | None] = [None] * len(completions)
+    if "ref_logp" in batch.tokens:
+        gap = batch.tokens["old_logp"] - batch.tokens["ref_logp"]
+        kl = segment_sum(gap, batch.forest.branch, len(completions)).tolist()
+    return [
+        {
+            "prompt": c.example.prompt[-1].content,
+            "completion": c.text,
+            "reward": s,
+            "kl": k,
+            "length": len(c.ids),
+            "truncated": c.truncated,
+            **({"parts": dict(p)} if p else {}),
+        }
+        for c, s, k, p in zip(completions, scores, kl, parts, strict=True)
+    ]

@@ -22,89 +22,126 @@ class Metric:
     wall_clock: bool = False
 
 
-METRICS: dict[str, Metric] = {
-    "loss/total": Metric("nats", "sum over terms of coefficient * sum / count of the step"),
-    "loss/nll": Metric("nats a token", "-mean log pi(y_t) over trained tokens of the step"),
-    "loss/ranking": Metric("nats a prompt", "mean over prompts of the mean pair loss"),
-    "loss/preference": Metric("nats a pair", "mean over prompts of the mean loss of their pairs"),
-    "loss/unpaired": Metric("a response", "mean over rows, by weight, of the loss of a labelled response"),
-    "loss/listwise": Metric("a prompt", "mean over prompts, by weight, of the loss of their scored responses"),
-    "loss/valued": Metric("a response", "mean over rows, by weight, of the loss of a response with a reward"),
-    "loss/policy": Metric(
-        "1", "mean of the algorithm's loss over sampled tokens or responses of the step, as it aggregates"
-    ),
-    "loss/kl": Metric("nats a token", "mean of the estimated KL to the reference, aggregated as loss/policy is"),
-    "loss/value": Metric("reward^2", "mean over sampled tokens of the clipped value loss"),
-    "loss/attributes": Metric("rating^2", "mean over prompts of their responses' mean squared error over rated attributes"),
-    "loss/steps": Metric("nats a step", "mean over prompts, their responses and those's labelled steps of the cross-entropy"),
-    "loss/verdict": Metric("nats a response", "mean over responses of the cross-entropy of verdicts and those wanted"),
-    "loss/centring": Metric("reward^2", "mean over prompts of their pairs' mean (s_chosen + s_rejected)^2"),
-    "accuracy/steps": Metric("share", "labelled steps judged as labelled, averaged as loss/steps is"),
-    "accuracy/verdicts": Metric("share", "responses whose likeliest verdict is the one most wanted"),
-    "accuracy/pairs": Metric("share", "pairs of the step ordered right, ties one half; prompts count equally"),
-    "score/mean": Metric("reward", "mean score of the step's responses"),
-    "reward/chosen": Metric(
-        "reward",
-        "beta * (logp/chosen - the reference's), averaged as the loss is; without a reference beta * logp/chosen, and over "
-        "its length where the loss compares means",
-    ),
-    "reward/rejected": Metric("reward", "the same of rejected responses"),
-    "reward/margin": Metric("reward", "reward/chosen - reward/rejected"),
-    "logp/chosen": Metric("nats a response", "sum_t log pi(y_t) of chosen responses, averaged as the loss is"),
-    "logp/rejected": Metric("nats a response", "the same of rejected responses"),
-    "logratio/good": Metric("nats a response", "mean of log pi(y) - log ref(y) over responses labelled good"),
-    "logratio/bad": Metric("nats a response", "the same over responses labelled bad"),
-    "logratio/mismatched": Metric("nats a response", "the same over responses to other prompts"),
-    "reward/mean": Metric("reward", "mean over sampled responses of the reward before the KL penalty"),
-    "reward/std": Metric("reward", "standard deviation of the same"),
-    "kl/mean": Metric("nats a sequence", "mean over responses of sum_t (old_logp - ref_logp)"),
-    "kl/update": Metric(
-        "nats a token",
-        "mean over sampled tokens of k3(old_logp, logp): how far updates moved from the sampler",
-    ),
-    "kl/coefficient": Metric("1", "coefficient of the KL penalty in the reward, where it follows a target"),
-    "mismatch/weight": Metric("1", "mean weight of sampled tokens for the distance between sampler and trainer"),
-    "mismatch/zero": Metric("share", "sampled tokens whose such weight is 0"),
-    "mismatch/kl": Metric(
-        "nats a token", "mean of k3(sampled_logp, old_logp): how far the trainer is from the sampler"
-    ),
-    "kl/data": Metric(
-        "nats a token",
-        "mean over response tokens of exp(d) - 1 - d, d = logp - ref_logp: the policy's distance from the reference on the "
-        "data, an estimate of KL(reference || policy) as far as the reference could have written them",
-    ),
-    "policy/entropy": Metric("nats a token", "mean over sampled tokens of -log pi(y_t) under the sampler"),
-    "policy/clipped": Metric("share", "sampled tokens whose advantage has no gradient because their ratio is clipped"),
-    "policy/ratio_error": Metric("ratio", "mean over sampled tokens of |ratio - 1|"),
-    "value/error": Metric("reward^2", "mean over rows, by weight, of (reward - value)^2"),
-    "value/explained": Metric("share", "1 - var(return - value) / var(return) over sampled tokens, before updates"),
-    "length/mean": Metric("tokens", "mean length of sampled responses, stop token included"),
-    "truncated/share": Metric("share", "sampled responses that ended by length"),
-    "abstained/share": Metric("share", "sampled responses that the reward gave no score"),
-    "length/p95": Metric("tokens", "length that 95 % of sampled responses do not exceed"),
-    "kl/stop": Metric("nats a sequence", "the part of kl/mean that stands on stop tokens"),
-    "kl/after_stop": Metric(
-        "nats a sequence", "the part of kl/mean that stands on tokens after a stop token; 0 where sampling ends there"
-    ),
-    "groups/flat": Metric("share", "prompts whose sampled responses all have one reward"),
-    "groups/dropped": Metric("share", "prompts left out because too few of their responses have a score"),
-    "groups/kept": Metric("share", "prompts sampled that have responses of differing reward and were used"),
-    "groups/identical": Metric("share", "prompts whose sampled responses are all the same"),
-    "rollout/staleness": Metric("updates", "updates between the weights that sampled the step's batch and those that it trains"),
-    "rollout/tied": Metric("share", "prompts sampled of which no pair was made: scores tied or missing"),
-    "step/skipped": Metric("steps", "1 where the step was skipped because something was not finite"),
-    "optim/lr": Metric("1", "learning rate of the step"),
-    "optim/grad_norm": Metric("1", "norm of the gradient before clipping, over all roles"),
-    "data/epoch": Metric("epochs", "passes over the rows or prompts"),
-    "speed/tokens": Metric("tokens a second", "packed tokens trained / seconds of the step", True),
-    "time/step": Metric("seconds", "whole step", True),
-    "time/save": Metric(
-        "seconds", "waiting for a checkpoint: to begin it after the step before, and for its copy", True
-    ),
-    "time/generate": Metric("seconds", "sampling", True),
-    "time/score": Metric("seconds", "reward, reference and value passes", True),
-    "memory/peak": Metric("bytes", "peak resident memory of the process", True),
-}
+class Metrics(dict[str, Metric]):
+    """Metrics by name; `PART` followed by any name is one of a family."""
+
+    def __missing__(self, name: str) -> Metric:
+        if name.startswith(PART):
+            return Metric("reward", "mean over sampled responses of a part of their reward")
+        raise KeyError(name)
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or (isinstance(name, str) and name.startswith(PART))
+
+
+PART = "reward/part/"
+
+METRICS = Metrics(
+    {
+        "loss/total": Metric("nats", "sum over terms of coefficient * sum / count of the step"),
+        "loss/nll": Metric("nats a token", "-mean log pi(y_t) over trained tokens of the step"),
+        "loss/ranking": Metric("nats a prompt", "mean over prompts of the mean pair loss"),
+        "loss/preference": Metric("nats a pair", "mean over prompts of the mean loss of their pairs"),
+        "loss/unpaired": Metric("a response", "mean over rows, by weight, of the loss of a labelled response"),
+        "loss/listwise": Metric("a prompt", "mean over prompts, by weight, of the loss of their scored responses"),
+        "loss/valued": Metric("a response", "mean over rows, by weight, of the loss of a response with a reward"),
+        "loss/policy": Metric(
+            "1", "mean of the algorithm's loss over sampled tokens or responses of the step, as it aggregates"
+        ),
+        "loss/kl": Metric("nats a token", "mean of the estimated KL to the reference, aggregated as loss/policy is"),
+        "loss/value": Metric("reward^2", "mean over sampled tokens of the clipped value loss"),
+        "loss/cost_value": Metric("cost^2", "the same as loss/value of the cost's critic"),
+        "loss/attributes": Metric(
+            "rating^2", "mean over prompts of their responses' mean squared error over rated attributes"
+        ),
+        "loss/steps": Metric(
+            "nats a step", "mean over prompts, their responses and those's labelled steps of the cross-entropy"
+        ),
+        "loss/verdict": Metric(
+            "nats a response", "mean over responses of the cross-entropy of verdicts and those wanted"
+        ),
+        "loss/centring": Metric("reward^2", "mean over prompts of their pairs' mean (s_chosen + s_rejected)^2"),
+        "loss/length": Metric("1", "1 - correlation/length + |correlation/quality|"),
+        "correlation/length": Metric(
+            "1", "correlation of the length head's scores with tokens, each less its prompt's mean"
+        ),
+        "correlation/quality": Metric("1", "the same of the quality head's scores"),
+        "accuracy/steps": Metric("share", "labelled steps judged as labelled, averaged as loss/steps is"),
+        "accuracy/verdicts": Metric("share", "responses whose likeliest verdict is the one most wanted"),
+        "accuracy/pairs": Metric("share", "pairs of the step ordered right, ties one half; prompts count equally"),
+        "score/mean": Metric("reward", "mean score of the step's responses"),
+        "reward/chosen": Metric(
+            "reward",
+            "beta * (logp/chosen - the reference's), averaged as the loss is; without a reference beta * logp/chosen, and over "
+            "its length where the loss compares means",
+        ),
+        "reward/rejected": Metric("reward", "the same of rejected responses"),
+        "reward/margin": Metric("reward", "reward/chosen - reward/rejected"),
+        "logp/chosen": Metric("nats a response", "sum_t log pi(y_t) of chosen responses, averaged as the loss is"),
+        "logp/rejected": Metric("nats a response", "the same of rejected responses"),
+        "logratio/good": Metric("nats a response", "mean of log pi(y) - log ref(y) over responses labelled good"),
+        "logratio/bad": Metric("nats a response", "the same over responses labelled bad"),
+        "logratio/mismatched": Metric("nats a response", "the same over responses to other prompts"),
+        "reward/mean": Metric("reward", "mean over sampled responses of the reward before the KL penalty"),
+        "cost/mean": Metric("cost", "mean over sampled responses of the cost"),
+        "cost/recent": Metric("cost", "the same over the newest responses, which move the multiplier"),
+        "cost/over": Metric("share", "sampled responses whose cost is over the limit"),
+        "cost/multiplier": Metric("1", "weight of the cost's advantage beside the reward's"),
+        "reward/std": Metric("reward", "standard deviation of the same"),
+        "kl/mean": Metric("nats a sequence", "mean over responses of sum_t (old_logp - ref_logp)"),
+        "kl/update": Metric(
+            "nats a token",
+            "mean over sampled tokens of k3(old_logp, logp): how far updates moved from the sampler",
+        ),
+        "kl/coefficient": Metric("1", "coefficient of the KL penalty in the reward, where it follows a target"),
+        "mismatch/weight": Metric("1", "mean weight of sampled tokens for the distance between sampler and trainer"),
+        "mismatch/zero": Metric("share", "sampled tokens whose such weight is 0"),
+        "mismatch/kl": Metric(
+            "nats a token", "mean of k3(sampled_logp, old_logp): how far the trainer is from the sampler"
+        ),
+        "kl/data": Metric(
+            "nats a token",
+            "mean over response tokens of exp(d) - 1 - d, d = logp - ref_logp: the policy's distance from the reference on the "
+            "data, an estimate of KL(reference || policy) as far as the reference could have written them",
+        ),
+        "policy/entropy": Metric("nats a token", "mean over sampled tokens of -log pi(y_t) under the sampler"),
+        "policy/clipped": Metric(
+            "share", "sampled tokens whose advantage has no gradient because their ratio is clipped"
+        ),
+        "policy/ratio_error": Metric("ratio", "mean over sampled tokens of |ratio - 1|"),
+        "value/error": Metric("reward^2", "mean over rows, by weight, of (reward - value)^2"),
+        "value/explained": Metric("share", "1 - var(return - value) / var(return) over sampled tokens, before updates"),
+        "length/mean": Metric("tokens", "mean length of sampled responses, stop token included"),
+        "truncated/share": Metric("share", "sampled responses that ended by length"),
+        "abstained/share": Metric("share", "sampled responses that the reward gave no score"),
+        "length/p95": Metric("tokens", "length that 95 % of sampled responses do not exceed"),
+        "kl/stop": Metric("nats a sequence", "the part of kl/mean that stands on stop tokens"),
+        "kl/after_stop": Metric(
+            "nats a sequence",
+            "the part of kl/mean that stands on tokens after a stop token; 0 where sampling ends there",
+        ),
+        "groups/flat": Metric("share", "prompts whose sampled responses all have one reward"),
+        "groups/dropped": Metric("share", "prompts left out because too few of their responses have a score"),
+        "groups/kept": Metric("share", "prompts sampled that have responses of differing reward and were used"),
+        "groups/identical": Metric("share", "prompts whose sampled responses are all the same"),
+        "rollout/staleness": Metric(
+            "updates", "updates between the weights that sampled the step's batch and those that it trains"
+        ),
+        "rollout/tied": Metric("share", "prompts sampled of which no pair was made: scores tied or missing"),
+        "step/skipped": Metric("steps", "1 where the step was skipped because something was not finite"),
+        "optim/lr": Metric("1", "learning rate of the step"),
+        "optim/grad_norm": Metric("1", "norm of the gradient before clipping, over all roles"),
+        "data/epoch": Metric("epochs", "passes over the rows or prompts"),
+        "speed/tokens": Metric("tokens a second", "packed tokens trained / seconds of the step", True),
+        "time/step": Metric("seconds", "whole step", True),
+        "time/save": Metric(
+            "seconds", "waiting for a checkpoint: to begin it after the step before, and for its copy", True
+        ),
+        "time/generate": Metric("seconds", "sampling", True),
+        "time/score": Metric("seconds", "reward, reference and value passes", True),
+        "memory/peak": Metric("bytes", "peak resident memory of the process", True),
+    }
+)
 
 
 class JsonLines:

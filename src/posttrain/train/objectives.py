@@ -24,6 +24,7 @@ from posttrain.train.reward_objectives import (
     StepReward,
     VerdictReward,
 )
+from posttrain.train.safe import ConstrainedPolicyGradient
 from posttrain.train.terms import (
     Check,
     Stats,
@@ -38,6 +39,7 @@ from posttrain.train.terms import (
 __all__ = [
     "AttributeReward",
     "BetaDPO",
+    "ConstrainedPolicyGradient",
     "ExploredPreference",
     "GatedReward",
     "ListedReward",

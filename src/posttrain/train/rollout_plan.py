@@ -87,7 +87,8 @@ class Group:
     """The responses to one prompt with their scores, None = the reward abstained.
 
     ``baseline`` is the score of the greedy response, None = none was asked for, or the reward abstained. ``steps`` are, a
-    response each, the scores of its steps of reasoning by the index of the step's last token.
+    response each, the scores of its steps of reasoning by the index of the step's last token; ``parts`` what else the reward
+    said of each.
     """
 
     index: int
@@ -95,6 +96,7 @@ class Group:
     scores: tuple[float | None, ...]
     baseline: float | None = None
     steps: tuple[Mapping[int, float], ...] = ()
+    parts: tuple[Mapping[str, float], ...] = ()
 
     @property
     def flat(self) -> bool:

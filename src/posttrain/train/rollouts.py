@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,10 +14,10 @@ from posttrain.errors import CheckError, ConfigError, RewardError
 from posttrain.forest import Batch, split
 from posttrain.losses.shaping import adaptive_kl, overlong_penalty
 from posttrain.models.policy import Model, forward_stats
-from posttrain.ops.masked import masked_mean, segment_sum
-from posttrain.rewards.base import BadScore, Completion, Reward, Score, require_finite
+from posttrain.ops.masked import masked_mean
+from posttrain.rewards.base import BadScore, Completion, Reward, Score, kept_score, read_score, require_finite
 from posttrain.rollout.engine import Engine, Request, Rollout, Sampling
-from posttrain.train.estimates import Advantage, estimate, group_forest, rollout_metrics, updates
+from posttrain.train.estimates import Advantage, estimate, group_forest, records, rollout_metrics, updates
 from posttrain.train.journal import Journal
 from posttrain.train.rollout_plan import Group, Plan
 from posttrain.train.signs import signs
@@ -209,6 +209,7 @@ class RolloutSource:
                     scores=tuple(s.value for s in scores[part]),
                     baseline=baselines[k].value if baselines else None,
                     steps=tuple(s.steps for s in scores[part]) if any(s.steps for s in scores) else (),
+                    parts=tuple(s.parts for s in scores[part]),
                 )
             )
         return groups, completions, seconds
@@ -256,14 +257,14 @@ class RolloutSource:
         What the reward gave is journalled even where it is no number: asked again, it might give another.
         """
         which = stable_hash([[c.prompt_ids, c.ids] for c in completions])
-        found = self.journal.once(step, f"scores {which}", lambda: self._asked(completions))
-        steps = [{int(k): v for k, v in x["steps"]} if isinstance(x, dict) else {} for x in found]
-        values = [x["value"] if isinstance(x, dict) else x for x in found]
-        require_finite(completions, [Score(v) for v in values])
-        shaped = self._with_cuts(completions, values)
+        found = [
+            read_score(x) for x in self.journal.once(step, f"scores {which}", lambda: self._asked(step, completions))
+        ]
+        require_finite(completions, found)
+        shaped = self._with_cuts(completions, [s.value for s in found])
         if self.plan.overlong_share:
             shaped = [None if v is None else v + self._overlong(c) for c, v in zip(completions, shaped, strict=True)]
-        return [Score(v, steps=s) for v, s in zip(shaped, steps, strict=True)]
+        return [replace(s, value=v) for v, s in zip(shaped, found, strict=True)]
 
     def _overlong(self, completion: Completion) -> float:
         """What a response's length takes from its score."""
@@ -271,8 +272,10 @@ class RolloutSource:
         length = torch.tensor(float(len(completion.ids)))
         return float(overlong_penalty(length, longest=longest, buffer=self.plan.overlong_share * longest))
 
-    def _asked(self, completions: Sequence[Completion]) -> list[Any]:
-        """What the reward gives now."""
+    def _asked(self, step: int, completions: Sequence[Completion]) -> list[Any]:
+        """What the reward gives now; one whose weights move is told the step."""
+        if callable(begin := getattr(self.reward, "begin", None)):
+            begin(step)
         try:
             scores = self.reward(completions)
         except BadScore as error:  # found inside the reward
@@ -285,7 +288,7 @@ class RolloutSource:
             )
         if all(v is None for v in self._with_cuts(completions, [s.value for s in scores])):
             raise RewardError("the reward abstained on every response of the rollout; there is nothing to learn from")
-        return [{"value": s.value, "steps": list(s.steps.items())} if s.steps else s.value for s in scores]
+        return [kept_score(s) for s in scores]
 
     def _with_cuts(self, completions: Sequence[Completion], values: Sequence[float | None]) -> list[float | None]:
         """Scores with ``cut_score`` in the place of those of cut responses."""
@@ -306,7 +309,9 @@ class RolloutSource:
             )
         model = self.reference or self.policy
         if model is None or (self.reference is None and plan.kl):
-            raise ConfigError(f"got no reference, kl={plan.kl:g}; expected kl=0 and the policy where there is no reference")
+            raise ConfigError(
+                f"got no reference, kl={plan.kl:g}; expected kl=0 and the policy where there is no reference"
+            )
         wide = torch.promote_types(model.net.dtype, torch.float32)
         sampled = torch.tensor([x for r in rollouts for x in r.logp], dtype=wide)
         batch = Batch(forest, {"old_logp": sampled}, {}, {})
@@ -371,19 +376,4 @@ class RolloutSource:
         self, completions: Sequence[Completion], groups: Sequence[Group], batch: Batch
     ) -> list[dict[str, Any]]:
         """A line of ``samples.jsonl`` for each response."""
-        scores = [s for g in groups for s in g.scores]
-        kl: list[float | None] = [None] * len(completions)
-        if "ref_logp" in batch.tokens:
-            gap = batch.tokens["old_logp"] - batch.tokens["ref_logp"]
-            kl = segment_sum(gap, batch.forest.branch, len(completions)).tolist()
-        return [
-            {
-                "prompt": c.example.prompt[-1].content,
-                "completion": c.text,
-                "reward": s,
-                "kl": k,
-                "length": len(c.ids),
-                "truncated": c.truncated,
-            }
-            for c, s, k in zip(completions, scores, kl, strict=True)
-        ]
+        return records(completions, groups, batch)
