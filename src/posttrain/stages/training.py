@@ -118,8 +118,8 @@ class SFT(Training):
     """Supervised fine-tuning on demonstrations (Ouyang et al. 2022, section 3.5: 16 epochs, cosine, batch 32 for 1.3B).
 
     ``history`` says what to do where the template rewrites earlier turns (thinking that it strips): refuse, train the last
-    turn only, or make each trained turn a row of its own, after the history as it read then. Writes a plain model directory
-    (``model.safetensors``, config, tokenizer with its chat template).
+    turn only, or make each trained turn a row of its own, after the history as it read then. ``noise`` is NEFTune's alpha, 0
+    for none. Writes a plain model directory (``model.safetensors``, config, tokenizer with its chat template).
     """
 
     WORK: ClassVar[str] = "posttrain.work.supervised:run"
@@ -135,6 +135,7 @@ class SFT(Training):
     epochs: float = 16.0
     prompts_per_step: int = 32
     history: History = "refuse"
+    noise: float = 0.0
 
     def plan(self) -> Plan:
         """96 demonstrations, unless limited."""
@@ -178,8 +179,8 @@ class Prefer(Training):
 
     The reference is the model it starts from: with LoRA the base with its adapter off, else a frozen snapshot. ``loss``
     is a name out of `posttrain.losses` (or ``module:function``), ``beta`` its scale (None: the loss's own default),
-    ``options`` its other keyword arguments. A loss that reads scores wants them in the data. Writes a plain model
-    directory, the adapter merged.
+    ``options`` its other keyword arguments. A loss that reads scores wants them in the data. ``noise`` is NEFTune's alpha
+    on the policy's embeddings, 0 for none; the reference has none. Writes a plain model directory, the adapter merged.
     """
 
     WORK: ClassVar[str] = "posttrain.work.prefer:run"
@@ -191,6 +192,7 @@ class Prefer(Training):
     loss: str = "dpo"
     beta: float | None = None
     options: dict[str, float] = field(default_factory=dict[str, float])
+    noise: float = 0.0
     lr: float = 1e-6
     schedule: str = "constant"
     warmup_steps: int = 150
@@ -207,6 +209,8 @@ class Prefer(Training):
 
         kind = find_loss(self.loss)
         kind.bound(self.loss, self.loss_options())
+        if self.noise and (kind.facts(self.loss).get("coupled") or self.DATA[0] == "labelled"):
+            raise ConfigError(f"got noise={self.noise:g}; losses that couple a whole step, or of single answers, take none")
         if kind is explored_losses:
             raise ConfigError(f"'{self.loss}' learns from samples made while it runs, which this stage does not make")
         if (kind in (unpaired_losses, valued_losses)) != (self.DATA[0] == "labelled"):

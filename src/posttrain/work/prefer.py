@@ -21,6 +21,7 @@ from posttrain.models.policy import Model
 from posttrain.rewards.comparing import WIN_RATE
 from posttrain.stages import Context, EvaluatePreference, Prefer
 from posttrain.train.loop import fit
+from posttrain.train.noise import with_noise
 from posttrain.train.objectives import objective_of
 from posttrain.train.progress import progress
 from posttrain.train.reference import reference_logp, row_logp
@@ -56,6 +57,7 @@ def run(stage: Prefer, ctx: Context) -> None:
         columns=score_columns(objective, kept),
         tokens=token_columns(objective, policy, rows, start, stage.max_tokens),
     )
+    source = with_noise(source, policy, stage.noise, ctx.seed)
     run = training_run(stage, ctx, round(stage.epochs * source.steps_per_epoch), ctx.dir.name)
     models = {"policy": policy} | reference_role(objective, policy, start, dtype)
     optim = optimiser(stage, merged_steps(stage, ctx, start, policy))

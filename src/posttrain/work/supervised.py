@@ -7,6 +7,7 @@ from posttrain.models.load import load_policy, save_merged
 from posttrain.models.lora import Lora
 from posttrain.stages import SFT, Context, Training
 from posttrain.train.loop import Run, fit
+from posttrain.train.noise import with_noise
 from posttrain.train.objectives import Supervised
 from posttrain.train.online_merging import OnlineMerge
 from posttrain.train.optim import Optim
@@ -28,6 +29,7 @@ def run(stage: SFT, ctx: Context) -> None:
     model = load_policy(
         start.path, dtype=choose_dtype(stage.dtype, start.path), lora=adapters(stage), train=True, seed=ctx.seed
     )
+    source = with_noise(source, model, stage.noise, ctx.seed)
     run = training_run(stage, ctx, round(stage.epochs * source.steps_per_epoch), "sft")
     optim = optimiser(stage, merged_steps(stage, ctx, start, model))
     fit({"policy": model}, Supervised(), source, optim=optim, run=run)
