@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,10 +130,22 @@ def load_examples(stage: Any, ctx: Context, part: str) -> list[Example]:
         ConfigError: the data has no such part.
     """
     made = isinstance(stage.data, Stage)
-    files = made_files(ctx.inputs["data"]) if made else data_files(stage.data, _root_model(stage))
+    files = with_tasks(made_files(ctx.inputs["data"]) if made else data_files(stage.data, _root_model(stage)))
     if part not in files:
         raise _lacks(ctx.inputs["data"].name if made else stage.data, part, files)
-    return read_part(files[part], ctx, getattr(stage, "limit", None), getattr(stage, "skip_bad", 0))
+    examples = read_part(files[part], ctx, getattr(stage, "limit", None), getattr(stage, "skip_bad", 0))
+    if part == "prompts" and any(e.responses for e in examples):  # a right answer beside a task is no sample
+        return [replace(e, responses=(), preferences=()) for e in examples]
+    return examples
+
+
+def with_tasks(files: dict[str, Path]) -> dict[str, Path]:
+    """Files by part, where the only one also has prompts if its rows say what a right answer is."""
+    if len(files) != 1 or "prompts" in files:
+        return files
+    (path,) = files.values()
+    first = next(iter(read(path, limit=1, skip_bad=100)), None)
+    return files | {"prompts": path} if first is not None and first.target is not None else files
 
 
 def made_files(directory: Path) -> dict[str, Path]:
@@ -209,6 +221,7 @@ def stage_files(stage: Any) -> list[Path]:
     out: list[Path] = []
     if isinstance(getattr(stage, "data", None), str):
         files = data_files(stage.data, _root_model(stage))
+        files = with_tasks(files) if "prompts" in stage.DATA else files
         parts = (stage.part,) if getattr(stage, "part", None) else stage.DATA or tuple(files)
         missing = [part for part in parts if part not in files]
         if missing and parts[0] in missing:

@@ -12,9 +12,10 @@ import torch
 
 from posttrain.data.collate import prompt_ids
 from posttrain.losses.shaping import mismatch_weights
-from posttrain.models.load import load_policy, load_reward, save_merged, value_role
+from posttrain.models.load import load_policy, load_reward, new_reward, save_merged, value_role
 from posttrain.models.lora import Lora, save_adapter
 from posttrain.models.policy import Model
+from posttrain.rewards.base import Reward
 from posttrain.rewards.model import reward_model
 from posttrain.rollout.engine import Sampling
 from posttrain.rollout.local import LocalEngine
@@ -26,8 +27,9 @@ from posttrain.train.loop import fit
 from posttrain.train.optim import Optim
 from posttrain.train.policy_gradient import estimator, policy_gradient
 from posttrain.train.rollouts import Plan, RolloutSource
-from posttrain.work.inputs import choose_dtype, load_examples, refuse_weights, stage_dir, start_from
+from posttrain.work.inputs import choose_dtype, load_examples, refuse_weights, start_from
 from posttrain.work.online_merging import merged_steps
+from posttrain.work.rewarding import judge_dir, reward_of
 from posttrain.work.supervised import adapters, training_run
 
 
@@ -37,10 +39,9 @@ def run(stage: Reinforce, ctx: Context) -> None:
     dtype = choose_dtype(stage.dtype, start.path)
     policy = load_policy(start.path, dtype=dtype, lora=adapters(stage), train=True, seed=ctx.seed)
     reference = Model(policy.net) if policy.adapter else load_policy(start.path, dtype=dtype)
-    judge = stage_dir(stage.reward, ctx, "reward")
-    scorer = load_reward(str(judge), dtype=dtype)
-    mean = json.loads((judge / "reward.json").read_text())["mean"]
-    value = critic(stage, scorer, ctx, dtype) if "critic" in row.needs else None
+    judge = judge_dir(stage.reward, ctx)
+    scorer = None if judge is None else load_reward(str(judge), dtype=dtype)
+    value = critic(stage, scorer, start.path, ctx, dtype) if "critic" in row.needs else None
     examples = load_examples(stage, ctx, "prompts")
     refuse_weights(examples, "reinforcement learning")
     ids, report = prompt_ids(start.tokenizer, examples, max_length=stage.max_length, overlong=stage.overlong)
@@ -51,7 +52,8 @@ def run(stage: Reinforce, ctx: Context) -> None:
         examples=[examples[i] for i in report.index],
         prompt_ids=ids,
         engine=LocalEngine(policy, start.stop_ids, stage.slots),
-        reward=reward_model(scorer, mean=mean, max_tokens=2 * stage.max_tokens),
+        reward=scored_by(scorer, judge, max_tokens=2 * stage.max_tokens)
+        or reward_of(stage.reward, ctx, dtype=dtype, max_tokens=2 * stage.max_tokens),
         reference=reference,
         value=value,
         advantage=estimator(row, gamma=stage.gamma, lam=stage.lam),
@@ -86,17 +88,32 @@ def run(stage: Reinforce, ctx: Context) -> None:
     save(policy, stage, start.path, ctx.dir, start.tokenizer)
 
 
-def critic(stage: Reinforce, scorer: Model, ctx: Context, dtype: torch.dtype) -> Model:
+def scored_by(scorer: Model | None, judge: Path | None, *, max_tokens: int) -> Reward | None:
+    """The reward of a model that is loaded, less the mean that it gave demonstrations; None without one."""
+    if scorer is None or judge is None:
+        return None
+    mean = json.loads((judge / "reward.json").read_text())["mean"]
+    return reward_model(scorer, mean=mean, max_tokens=max_tokens)
+
+
+def critic(stage: Reinforce, scorer: Model | None, start: str, ctx: Context, dtype: torch.dtype) -> Model:
     """The value role on the reward model's network, which keeps scoring with its adapter off.
 
-    A critic trained as a whole gets a network of its own.
+    A critic trained as a whole gets a network of its own. Where the reward is no model, the critic begins as the policy's
+    start with a head of zeros.
     """
+    judge = judge_dir(stage.reward, ctx)
+    if scorer is None or judge is None:
+        base = new_reward(start, dtype=dtype, seed=ctx.seed)
+        base.net.requires_grad_(False)
+        if base.scalar is not None:
+            torch.nn.init.zeros_(base.scalar.weight)
+    else:
+        base = scorer if stage.lora_rank else load_reward(str(judge), dtype=dtype)
     if stage.lora_rank and not stage.value_rank:
-        return value_role(scorer, lora=None, seed=ctx.seed, head_only=True)
-    if stage.lora_rank:
-        return value_role(scorer, lora=Lora(rank=stage.value_rank, alpha=2 * stage.value_rank), seed=ctx.seed + 1)
-    own = load_reward(str(stage_dir(stage.reward, ctx, "reward")), dtype=dtype)
-    return value_role(own, lora=None, seed=ctx.seed + 1)
+        return value_role(base, lora=None, seed=ctx.seed, head_only=True)
+    lora = Lora(rank=stage.value_rank, alpha=2 * stage.value_rank) if stage.lora_rank else None
+    return value_role(base, lora=lora, seed=ctx.seed + 1)
 
 
 def plan(stage: Reinforce, seed: int) -> Plan:
