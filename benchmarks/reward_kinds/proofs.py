@@ -103,7 +103,7 @@ def conditional(seed: int) -> None:
     seen = ordinary(100, 1100 + seed, "train")
     data = [*conflict, *(turned(e) for e in conflict), *seen]
     objective = RankedReward("focal_barrier")
-    model = train_ranked(new_model(seed), conditioned(data, DOMAINS), objective, epochs=4, seed=seed)
+    model = train_ranked(new_model(seed), conditioned(data, DOMAINS), objective, epochs=6, seed=seed)
     scorer = scorer_of(model, "domains", domains=DOMAINS)
     asked = harmful(60, 2000 + seed, "heldout")
     flips = []
