@@ -89,7 +89,9 @@ def main() -> None:
 def random_network(folder: Path, vocabulary: int) -> str:
     """A network of `SMALL` with random weights, saved."""
     from transformers import AutoModelForCausalLM, LlamaConfig, set_seed
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     set_seed(0)
     AutoModelForCausalLM.from_config(LlamaConfig(**SMALL, vocab_size=vocabulary)).save_pretrained(folder)
     return str(folder)
@@ -190,7 +192,8 @@ def plot(panels: dict[str, list[kept.Record]], images: Path) -> str:
         above.set_title(panel, fontsize=10)
         for axes, name in ((above, "seconds a step"), (below, "MB above weights and optimiser")):
             axes.set_xscale("log", base=2)
-            axes.set_yscale("log")
+            axes.set_yscale("log", base=2)
+            axes.yaxis.set_major_formatter("{x:g}")
             axes.set_xticks(x, [f"{n // 1024}k" if n >= 4096 else str(n) for n in x])
             axes.minorticks_off()
             axes.spines[["top", "right"]].set_visible(False)
