@@ -56,17 +56,8 @@ def merge_models(
         ConfigError: a method, option, weight or prompt that can't be.
         ModelError: parts that don't fit together, or a check that failed; names the file or tensor.
     """
-    facts = merges.facts(method)
-    merges.bound(method, options or {})
-    shares = checked_weights(method, len(parts), weights, facts.get("weights", True))
-    if base is not None and "base" not in facts.get("needs", ()):
-        raise ConfigError(f"'{method}' reads no base, got '{base.path}'; leave it out")
-    if (out / "config.json").exists():
-        raise ConfigError(f"'{out}' holds a model; choose another directory")
-    if len(prompts) < PROMPTS:
-        raise ConfigError(f"got {len(prompts)} prompts to check the merge on; expected at least {PROMPTS}")
+    shares = _checked(method, parts, out, len(prompts), base, weights, options)
     prompts = [list(prompt) for prompt in prompts[:PROMPTS]]
-    require_same_network([*parts, *([] if base is None else [base])])
     misread = [parity(f"'{part.path}' as it was read", _filled(part), _loaded(part), prompts) for part in parts]
     partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     partial.mkdir(parents=True)
@@ -76,29 +67,48 @@ def merge_models(
         header = _header(parts)
         _write(partial / "model.safetensors", header, _filling(net, tensors))
         _copy_files(parts[0], partial, {dtype for dtype, _ in header.values() if dtype.is_floating_point})
-        found = _from_disk(parts[0].kind, partial)
-        worst = parity(f"the merge in '{out}'", found, net, prompts)
+        worst = parity(f"the merge in '{out}'", _from_disk(parts[0].kind, partial), net, prompts)
         record = {
             "method": method,
             "options": dict(options or {}),
-            "parts": [
-                _record(part) | {"weight": share, "parity": error}
-                for part, share, error in zip(parts, shares, misread, strict=True)
-            ],
+            "parts": [_record(part) | {"parity": error} for part, error in zip(parts, misread, strict=True)],
             "base": None if base is None else _record(base),
             "tensors": len(header),
             "dtypes": sorted({str(dtype).removeprefix("torch.") for dtype, _ in header.values()}),
             "parity": {"prompts": len(prompts), "largest": worst, "tolerance": TOLERANCE},
             "posttrain": posttrain.__version__,
         }
-        if not facts.get("weights", True):
-            for part in record["parts"]:
-                del part["weight"]
+        for part, share in zip(record["parts"], shares, strict=True):
+            part |= {} if share is None else {"weight": share}
         (partial / "merge.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         _move(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return record
+
+
+def _checked(
+    method: str,
+    parts: Sequence[Stored],
+    out: Path,
+    prompts: int,
+    base: Stored | None,
+    weights: Sequence[float] | None,
+    options: Mapping[str, float] | None,
+) -> Sequence[float | None]:
+    """The weights, None for each where the method takes none; refuses what can't be before a tensor is read."""
+    facts = merges.facts(method)
+    merges.bound(method, options or {})
+    taken = facts.get("weights", True)
+    shares = checked_weights(method, len(parts), weights, taken)
+    if base is not None and "base" not in facts.get("needs", ()):
+        raise ConfigError(f"'{method}' reads no base, got '{base.path}'; leave it out")
+    if (out / "config.json").exists():
+        raise ConfigError(f"'{out}' holds a model; choose another directory")
+    if prompts < PROMPTS:
+        raise ConfigError(f"got {prompts} prompts to check the merge on; expected at least {PROMPTS}")
+    require_same_network([*parts, *([] if base is None else [base])])
+    return shares if taken else [None] * len(parts)
 
 
 # ---------------------------------------------------------------------------- parity
