@@ -14,7 +14,9 @@ from posttrain.data.smallworld import gold
 from posttrain.graph import describe, ordered
 from posttrain.runner import run_recipe
 from posttrain.stages import Context, Generate, Label, Prefer, Recipe, Select
+from posttrain.types import Example, Message, Response
 from posttrain.work import generate as work
+from posttrain.work.label import with_scores
 
 GOLD = "posttrain.data.smallworld_gold:gold_total"
 
@@ -100,6 +102,20 @@ def test_pairs_are_trained_on_and_losses_of_win_rates_read_those_against_all_sam
 
     found = score_columns(objective_of("sppo", {}, 1.0), pairs)["score"]
     assert [x for row in found for x in row] == pytest.approx(rates)
+
+
+def test_equal_answers_get_one_score_even_where_the_judge_wavers():
+    said = lambda text, stopped=True: Response(  # noqa: E731
+        messages=(Message(role="assistant", content=text),), meta={"sampled": {"ids": [1], "stopped": stopped}}
+    )
+    e = Example(
+        prompt=(Message(role="user", content="p"),),
+        responses=(said("a", False), said("b"), said("a"), said("b"), said("c")),
+    )
+    found = with_scores(e, [9.0, 1.0, 2.0, 1.0 + 1e-7, None], cut_score=-1.0).responses
+    assert [r.score for r in found] == [2.0, 1.0, 2.0, 1.0, None]
+    assert [r.rank for r in found] == [None] * 5  # one has no score
+    assert [r.rank for r in with_scores(e, [0.0, 1.0, 2.0, 1.0, 0.5], cut_score=-1.0).responses] == [0, 1, 0, 1, 2]
 
 
 def test_spin_reads_several_stages(run):

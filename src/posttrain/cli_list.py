@@ -160,6 +160,7 @@ KINDS: dict[str, Callable[[], Iterator[Grid]]] = {
     "recipes": recipe_grids,
     "methods": method_grids,
     "algorithms": algorithm_grids,
+    "builders": builder_grids,
     "kinds": kind_grids,
     "losses": loss_grids,
     "objectives": objective_grids,

@@ -121,7 +121,10 @@ RECIPES = Registry(
         "dpo": "posttrain.recipes.dpo:dpo",
         "instructgpt": "posttrain.recipes.instructgpt:instructgpt",
         "reward_model": "posttrain.recipes.reward_model:reward_model",
+        "rso": "posttrain.recipes.rso:rso",
+        "slic_hf": "posttrain.recipes.slic_hf:slic_hf",
         "small": "posttrain.recipes.small:small",
+        "spin": "posttrain.recipes.spin:spin",
     },
 )
 

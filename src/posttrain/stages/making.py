@@ -25,7 +25,7 @@ class Generate(Stage):
 
     WORK: ClassVar[str] = "posttrain.work.generate:run"
     DATA: ClassVar[tuple[str, ...]] = ("prompts",)
-    TINY: ClassVar[Mapping[str, Any]] = {"model": "small", "data": "smallworld", "samples": 8, "max_new_tokens": 32}
+    TINY: ClassVar[Mapping[str, Any]] = {"model": "small", "data": "smallworld", "max_new_tokens": 32}
     model: str | Stage = "smollm2"
     data: str | Stage = "default"
     part: str = "prompts"
@@ -64,10 +64,11 @@ class Generate(Stage):
 class Label(Stage):
     """Score every answer to every prompt; writes ``data/samples.jsonl`` with scores, ranks and win rates.
 
-    ``reward`` is a `TrainReward` stage, the directory that one wrote, a name (`posttrain.rewards.named`) or ``module:function``: of
-    ``(prompt, answer)`` it is a score, of ``(prompt, a, b)`` the probability that a is better. Of a score the win rate is the
-    mean of ``sigmoid(s_i - s_j)`` over all answers to the prompt; of a comparison, which is kept too, the score is the mean
-    probability to beat each of the others. An answer cut by length scores ``cut_score``. ``part`` names the part of the data where it has several.
+    ``reward`` is a `TrainReward` stage, the directory that one wrote, a name (`posttrain.rewards.named`) or
+    ``module:function``: of ``(prompt, answer)`` it is a score, of ``(prompt, a, b)`` the probability that a is better. Of a
+    score the win rate is the mean of ``sigmoid(s_i - s_j)`` over all answers to the prompt; of a comparison, which is kept
+    too, the score is the mean probability to beat each of the others. An answer cut by length scores ``cut_score``; answers
+    that read the same have one score. ``part`` names the part of the data where it has several.
     """
 
     WORK: ClassVar[str] = "posttrain.work.label:run"

@@ -103,8 +103,15 @@ def with_scores(
     example: Example, given: Sequence[float | None], cut_score: float | None, rates: Sequence[float] | None = None
 ) -> Example:
     """The example with score, rank and win rate of each response; the rate follows from the scores if not given."""
-    whole = [not cut(r) or cut_score is None for r in example.responses]
-    values = [v if on else cut_score for v, on in zip(given, whole, strict=True)]
+    judged = [
+        cut_score if cut(r) and cut_score is not None else v for v, r in zip(given, example.responses, strict=True)
+    ]
+    first = dict[
+        str, float | None
+    ]()  # responses that read the same have one score: that of the first, of one that stopped
+    for r, v in sorted(zip(example.responses, judged, strict=True), key=lambda pair: cut(pair[0])):
+        first.setdefault(r.text, v)
+    values = [first[r.text] for r in example.responses]
     known = [v for v in values if v is not None]
     best_first = sorted(set(known), reverse=True)
     if rates is None:

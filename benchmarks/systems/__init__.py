@@ -1,0 +1,1 @@
+"""What recipes that need only pairs of samples do on the small world, over seeds."""
