@@ -95,7 +95,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="prompts a step")
     parser.add_argument("--responses", type=int, help="responses a prompt (reward, grpo, ppo, generate)")
     parser.add_argument(
-        "--ratio", type=float, help="prompt tokens over tokens of a response (dpo, sft, grpo, ppo), 0.5 to 4"
+        "--ratio",
+        type=float,
+        help="prompt tokens over tokens of a response, 0.5 to 4 (dpo, sft, grpo, ppo); prompts are made to fit where none is near",
     )
     parser.add_argument("--longest", type=int, default=96, help="tokens of the longest response (grpo, ppo, generate)")
     parser.add_argument("--max-length", type=int, default=1024, help="longer rows are left out")
@@ -133,7 +135,7 @@ def training_jobs(options: argparse.Namespace, model: str, folder: Path) -> tupl
     data, items = read_rows(model, options.max_length)
     items = with_responses(items, options.responses)
     if options.ratio is not None:
-        items = near_ratio(items, options.ratio, 8 * batch * (options.steps + 1))
+        items = near_ratio(items, options.ratio, batch * (options.steps + 1))
     dealt, ranked = choose(items, batch, options.steps)
     ours, about = base_of(options, model, data, dealt)
     about["long"] = LONG

@@ -90,14 +90,30 @@ def choose(items: list[Item], per_step: int, steps: int, seed: int = 0) -> tuple
     return warm + dealt, warm + by_length
 
 
-def near_ratio(items: list[Item], ratio: float, count: int) -> list[Item]:
-    """The ``count`` rows whose prompt is nearest to ``ratio`` times as long as their mean response, in the order given."""
+def near_ratio(items: list[Item], ratio: float, need: int) -> list[Item]:
+    """Rows whose prompt is nearest to ``ratio`` times as long as their mean response, in the order given; at least ``need``.
 
-    def off(item: Item) -> float:
-        return abs(math.log(len(item["prompt"]) / (ratio * fmean(map(len, item["branches"])))))
+    Where it is more than a tenth off the prompt is made to be so long (`fitted`).
+    """
 
-    kept = set(sorted(range(len(items)), key=lambda i: off(items[i]))[:count])
-    return [item for i, item in enumerate(items) if i in kept]
+    def wanted(item: Item) -> float:
+        return ratio * fmean(map(len, item["branches"]))
+
+    off = [abs(math.log(len(item["prompt"]) / wanted(item))) for item in items]
+    count = max(need, min(8 * need, len(items) // 8))
+    kept = set(sorted(range(len(items)), key=off.__getitem__)[:count])
+    return [item | {"prompt": fitted(item["prompt"], wanted(item), items)} for i, item in enumerate(items) if i in kept]
+
+
+def fitted(prompt: Ids, wanted: float, items: list[Item]) -> Ids:
+    """A prompt at most a tenth off a length: its end, or all of it after the text of other rows, where it is further off."""
+    size = max(1, round(wanted))
+    if abs(len(prompt) - size) <= size / 10:
+        return prompt
+    if len(prompt) > size:
+        return prompt[-size:]
+    before = [i for item in items[: 1 + size] for i in [*item["prompt"], *item["branches"][0]]]
+    return [*before[: size - len(prompt)], *prompt]
 
 
 MEAN = 0.35
@@ -115,12 +131,15 @@ def rollouts(
 ) -> list[Item]:
     """Different prompts with ``samples`` forced lengths each: skewed, the mean 0.35 of the longest, which each batch has.
 
-    With ``ratio`` the prompts are those whose length is nearest to so many times the mean of the forced lengths.
+    With ``ratio`` the prompts are those whose length is nearest to so many times the mean of the forced lengths, made to
+    fit where none is near.
     """
     draw, need = random.Random(seed), per_step * (steps + 1)
-    prompts = list({tuple(item["prompt"]): item["prompt"] for item in items}.values())
+    prompts = _different([item["prompt"] for item in items])
     if ratio is not None:
-        prompts = sorted(prompts, key=lambda p: abs(len(p) - ratio * MEAN * longest))[:need]
+        wanted = ratio * MEAN * longest
+        nearest = sorted(prompts, key=lambda p: abs(len(p) - wanted))
+        prompts = _different([fitted(p, wanted, items) for p in nearest])[:need]
     if len(prompts) < need:
         raise SystemExit(f"{len(prompts)} different prompts at hand, {need} wanted: take fewer rows or steps")
     rows: list[Item] = []
@@ -130,6 +149,10 @@ def rollouts(
     for row in rows[::per_step]:
         row["lengths"][0] = longest
     return rows
+
+
+def _different(prompts: list[Ids]) -> list[Ids]:
+    return list({tuple(p): p for p in prompts}.values())
 
 
 def completed(rows: list[Item], items: list[Item], stop: int, seed: int = 0) -> list[Item]:
