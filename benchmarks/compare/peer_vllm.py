@@ -21,7 +21,13 @@ NAMES = {"bf16": "bfloat16", "fp32": "float32"}
 def main() -> None:
     """Run a job."""
     job: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
-    engine = vllm.LLM(job["model"], dtype=NAMES[job["dtype"]], max_model_len=1024, max_num_seqs=max(job["batches"]))
+    engine = vllm.LLM(
+        job["model"],
+        dtype=NAMES[job["dtype"]],
+        max_model_len=1024,
+        max_num_seqs=max(job["batches"]),
+        enforce_eager=job["greedy"],
+    )
 
     def generate(prompts: list[list[int]], tokens: int) -> list[list[int]]:
         heat = 0.0 if job["greedy"] else 1.0
