@@ -112,7 +112,8 @@ def rows_of(size: Size, vocabulary: int, steps: int) -> list[dict[str, Any]]:
 
 def point(model: str, size: Size, dtype: str) -> dict[str, Any]:
     """Seconds a step, bytes above weights and optimiser, and what counts are made from."""
-    rows = rows_of(size, json.loads((Path(model) / "config.json").read_text())["vocab_size"], STEPS)
+    vocabulary = json.loads((Path(model) / "config.json").read_text())["vocab_size"]
+    rows = rows_of(size, vocabulary, STEPS)
     job = {"row": "dpo", "device": "cpu", "dtype": dtype, "threads": kept.threads(), "lr": 1e-6, "model": model}
     result = run_task(Task(NAME, "ours", "ours", job | {"rows": rows, "per_step": size.prompts}), "none")
     return {
@@ -122,6 +123,7 @@ def point(model: str, size: Size, dtype: str) -> dict[str, Any]:
         "items": lengths(rows[: size.prompts]),
         "shape": shape_of(model)._asdict(),
         "kept": kept_bytes(model, dtype),
+        "vocabulary": vocabulary,
     }
 
 
@@ -139,9 +141,12 @@ MAX_TOKENS = 1024
 
 def held(record: kept.Record) -> float:
     """Bytes that the step must hold, as counted."""
-    trees = [item["prompt"] + sum(item["branches"]) for item in record["items"]]
-    a_pass = max(1, MAX_TOKENS // trees[0]) * trees[0]
-    return step_bytes(Shape(**record["shape"]), record["kept"], min(a_pass, sum(trees)), record["dtype"])
+    items = record["items"]  # all alike
+    scored = sum(items[0]["branches"])
+    tree = items[0]["prompt"] + scored
+    trees = min(len(items), max(1, MAX_TOKENS // tree))
+    logits = trees * scored * record["vocabulary"]
+    return step_bytes(Shape(**record["shape"]), record["kept"], trees * tree, logits, record["dtype"])
 
 
 def section(images: Path) -> str:

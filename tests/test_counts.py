@@ -50,9 +50,10 @@ def test_kept_bytes_are_those_of_the_graph(tmp_path, dtype):
 
 def test_a_step_holds_its_pass_or_all_gradients():
     shape = Shape(trunk=1e8, head=3e7, pair=0, parameters=1.3e8)
-    assert step_bytes(shape, 1e6, 2000, "bf16") == 2e9 + 2**27 + 1.2e8
-    assert step_bytes(shape, 1e6, 10, "bf16") == 6 * 1.3e8
-    assert step_bytes(shape, 1e6, 10, "fp32") == 4 * 1.3e8
+    assert step_bytes(shape, 1e6, 2000, 1e8, "bf16") == 2e9 + 2**27 + 1.2e8
+    assert step_bytes(shape, 1e6, 2000, 1e6, "bf16") == 2e9 + 8e6 + 1.2e8
+    assert step_bytes(shape, 1e6, 10, 0, "bf16") == 6 * 1.3e8
+    assert step_bytes(shape, 1e6, 10, 0, "fp32") == 4 * 1.3e8
 
 
 def test_seconds_and_bytes_counted_of_growing_steps():
@@ -62,14 +63,21 @@ def test_seconds_and_bytes_counted_of_growing_steps():
     def record(panel, x):
         items = lengths(rows_of(PANELS[panel][1][x], 50, 1))
         speed = {"gflops": 1.0, "gbs": 1e9}
-        return {"items": items, "shape": shape._asdict(), "dtype": "fp32", "kept": 1e6, "calibration": speed}
+        return {
+            "items": items,
+            "shape": shape._asdict(),
+            "dtype": "fp32",
+            "kept": 1e6,
+            "vocabulary": 1000,
+            "calibration": speed,
+        }
 
     seconds = {k: limit(record("responses", k)) for k in (2, 16)}
     tokens = {2: 256 + 2 * 64, 16: 256 + 16 * 64}
     for k, n in tokens.items():
         assert seconds[k] == pytest.approx(2 * (1e8 * 4 * n + 3e7 * 5 * 64 * k) / 1e9, rel=1e-6)
     assert [held(record("pairs", n)) for n in (4, 8, 16)] == [
-        tokens * 1e6 + 2**27 + 1.2e8 for tokens in (4 * 192, 5 * 192, 5 * 192)
+        trees * (192e6 + 8 * 128e3) + 1.2e8 for trees in (4, 5, 5)
     ]
 
 

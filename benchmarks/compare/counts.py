@@ -88,11 +88,11 @@ def kept_bytes(model: str, dtype: str) -> float:
     return c["num_hidden_layers"] * (norms + queries * (8 + size) + 8 * keys + 4 * size * c["intermediate_size"])
 
 
-def step_bytes(shape: Shape, kept: float, tokens: float, dtype: str) -> float:
-    """Bytes above weights, masters and moments that a step must hold, ``tokens`` being those of its largest pass.
+def step_bytes(shape: Shape, kept: float, tokens: float, logits: float, dtype: str) -> float:
+    """Bytes above weights, masters and moments that a step must hold: ``tokens`` and ``logits`` are of its largest pass.
 
     The larger of what layers keep with a chunk of logits, its gradient and the gradient of the output layer in fp32, and of
     all gradients beside those of the fp32 masters.
     """
     gradients = shape.parameters * (6 if dtype == "bf16" else 4)
-    return max(kept * tokens + 2 * 64 * 2**20 + 4 * shape.head, gradients)
+    return max(kept * tokens + 2 * min(64 * 2**20, 4 * logits) + 4 * shape.head, gradients)
