@@ -26,6 +26,7 @@ from posttrain.cli_data import dispatch as dispatch_data
 from posttrain.cli_list import list_names
 from posttrain.cli_merge import dispatch as dispatch_merge
 from posttrain.cli_making import generate, label, select
+from posttrain.cli_reward import evaluate_models, gather_models, score, serve
 from posttrain.cli_runs import diff, gather, replay, rerun, show_finished, sweep
 from posttrain.errors import ConfigError, PosttrainError, printable, suggest
 from posttrain.machine import keep_freed_memory, yield_between_kernels
@@ -179,13 +180,16 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "sweep": sweep,
     "compare": compare,
     "chat": chat,
+    "score": score,
+    "serve": serve,
+    "eval": evaluate_models,
     "data": dispatch_data,
     "merge": dispatch_merge,
     "doctor": doctor,
     "list": list_names,
 }
 
-GATHERED: dict[str, Callable[[list[str]], list[str]]] = {"sweep": gather, "compare": gather_losses}
+GATHERED: dict[str, Callable[[list[str]], list[str]]] = {"sweep": gather, "compare": gather_losses, "eval": gather_models}
 """What joins the arguments of commands that take several values for one parameter."""
 
 

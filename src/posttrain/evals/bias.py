@@ -25,6 +25,14 @@ STYLES: dict[str, Callable[[str], float]] = {
 """What is counted in an answer: name to function of its text."""
 
 
+def rating_correlation(scores: Sequence[ArrayLike], ratings: Sequence[ArrayLike], *, seed: int = 0) -> Interval | None:
+    """Spearman's rho of score and rating over all answers, with an interval over prompts; None where one never varies.
+
+    Arguments and errors as `within_correlation`; prompts keep their means, so that single answers count too.
+    """
+    return _correlation(scores, ratings, np.asarray, 2000, seed)
+
+
 def within_correlation(
     scores: Sequence[ArrayLike], values: Sequence[ArrayLike], *, resamples: int = 2000, seed: int = 0
 ) -> Interval | None:
@@ -42,13 +50,23 @@ def within_correlation(
     Raises:
         ConfigError: rows of other lengths, or none.
     """
+    return _correlation(scores, values, _centred, resamples, seed)
+
+
+def _correlation(
+    scores: Sequence[ArrayLike],
+    values: Sequence[ArrayLike],
+    of_row: Callable[[ArrayLike], Array],
+    resamples: int,
+    seed: int,
+) -> Interval | None:
     if len(scores) != len(values) or not scores:
         raise ConfigError(f"got {len(scores)} rows of scores and {len(values)} of values; expected as many, at least 1")
-    x = np.concatenate([_centred(row) for row in scores])
-    y = np.concatenate([_centred(row) for row in values])
+    x = np.concatenate([of_row(row) for row in scores]).astype(np.float64)
+    y = np.concatenate([of_row(row) for row in values]).astype(np.float64)
     if x.size != y.size:
         raise ConfigError(f"got {x.size} scores and {y.size} values; expected one of each an answer")
-    if np.abs(x).max(initial=0) < 1e-12 or np.abs(y).max(initial=0) < 1e-12:
+    if np.ptp(x) < 1e-12 or np.ptp(y) < 1e-12:
         return None
     x, y = rank_values(np.round(x, 9)), rank_values(np.round(y, 9))
     x, y = x - x.mean(), y - y.mean()
