@@ -111,7 +111,7 @@ def test_options_of_a_loss(folder):
         ),
         ("xpo --data pairs.jsonl --model small", "needs --reward STR"),
         ("dpo --loss xpo --data pairs.jsonl --model small", "'xpo' learns from samples made while it runs"),
-        ("online_dpo --reward nothing --data pairs.jsonl --model small", "no reward model in 'nothing'"),
+        ("online_dpo --reward nothing --model small", "no reward model in 'nothing'"),
         ("dpo --loss dpoo --data pairs.jsonl --model small", "unknown preference loss 'dpoo'; did you mean 'dpo'?"),
     ],
 )

@@ -265,7 +265,7 @@ def method_recipe(method: str) -> str:
 
         with contextlib.suppress(ConfigError):
             find_loss(method)
-            return f"posttrain.recipes.methods:{method}"
+            return f"posttrain.recipes.losses:{method}"
     function = METHODS[method]
     return f"{function.__module__}:{function.__qualname__}"
 
