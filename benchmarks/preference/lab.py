@@ -31,7 +31,7 @@ from posttrain.train.optim import Optim
 from posttrain.train.reference import row_logp
 from posttrain.train.sources import ranking_source, response_source, with_mismatched
 from posttrain.types import Example
-from posttrain.work.inputs import Start
+from posttrain.work.inputs import Start, choose_dtype
 from posttrain.work.labelled import label_columns, standardised, unjudged
 from posttrain.work.measure import Ranked, answers, divergence, on_rankings, ranked, row_sums
 from posttrain.work.prefer import MARGIN, reference_role, score_columns, token_columns
@@ -63,7 +63,8 @@ class Lab:
     def __post_init__(self) -> None:
         found = find_model(self.model)
         self.start = Start(found.path, found.label, load_tokenizer(found.path))
-        self.reference = load_policy(found.path, dtype=torch.float32)
+        self.dtype = choose_dtype("auto", found.path)
+        self.reference = load_policy(found.path, dtype=self.dtype)
         self.stop_ids = stop_ids(self.start.tokenizer, load_generation_config(found.path))
 
     def policy(self, seed: int) -> Model:
@@ -170,11 +171,11 @@ def train(
     """One run by the library's own loop; ``on_step`` sees the policy after every step (count from 1)."""
     began, clock = time.process_time(), time.perf_counter()
     policy = lab.policy(seed)
-    objective = objective_of(loss, options or {}, MARGIN[torch.float32])
+    objective = objective_of(loss, options or {}, MARGIN[lab.dtype])
     source = source_for(lab, loss, examples, objective, seed, setting)
-    models = {"policy": policy} | reference_role(objective, policy, lab.start, torch.float32)
+    models = {"policy": policy} | reference_role(objective, policy, lab.start, lab.dtype)
     if find_loss(loss) is valued_losses:
-        models["value"] = new_reward(lab.start.path, dtype=torch.float32, seed=seed + 1, lora=lab.lora)
+        models["value"] = new_reward(lab.start.path, dtype=lab.dtype, seed=seed + 1, lora=lab.lora)
     optim = Optim(
         lr=setting.lr,
         role_lr={"value": 10 * setting.lr} if "value" in models else {},

@@ -115,6 +115,16 @@ def data_for(loss: str, examples: list[Example]) -> list[Example]:
     return single(best_and_another(examples)) if kind is unpaired_losses else best_and_another(examples)
 
 
+def attempt(plan: Plan, names: Sequence[str]) -> None:
+    """Eight rows of seed 100 through every step of a run, printed and not kept: whether it works, and how long it takes."""
+    lab = Lab(plan.model, lora=plan.lora, max_new_tokens=8)
+    held = lab.held(plan.held()[:4])
+    few = replace(plan, rows=lambda seed: plan.rows(seed)[:8])
+    for loss in names:
+        row = one(lab, few, held, loss, 100)
+        print(f"{loss}: {row['cpu']:.1f} s of the processor, {row['memory']:.0f} MiB, {row['numbers']}", flush=True)
+
+
 def run(plan: Plan, seeds: Sequence[int], names: Sequence[str], budget: float | None) -> None:
     """Make the runs that are missing, seed by seed; with ``budget`` seconds spent, stop before the next run."""
     began = time.perf_counter()
@@ -167,6 +177,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--losses", nargs="+")
     parser.add_argument("--budget", type=float, help="seconds after which no further run begins")
+    parser.add_argument("--try", action="store_true", dest="attempt", help="eight rows, printed and not kept")
     given = parser.parse_args(arguments)
     plan = PLANS[given.plan]
+    if given.attempt:
+        return attempt(plan, given.losses or plan.losses)
     run(plan, given.seeds, given.losses or plan.losses, given.budget)
