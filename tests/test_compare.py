@@ -54,11 +54,11 @@ def test_every_loss_is_an_ordinary_run_on_the_same_rows(folder: Path, found, cap
     steps = [
         len((runs / f"loss-{name}-seed0/train/metrics.jsonl").read_text().splitlines()) for name in ("simpo", "kto")
     ]
-    held = read(runs / "data/heldout_rankings.jsonl")
-    trained = read(runs / "data/rankings.jsonl")
+    (data,) = runs.glob("data-*")
+    held, trained = (read(data / f"{part}.jsonl") for part in ("heldout_rankings", "rankings"))
     assert len(held) + len(trained) == len(PAIRS) and not {e.prompt_key for e in held} & {e.prompt_key for e in trained}
     assert steps == [-(-len(trained) // 8), -(-2 * len(trained) // 8)]
-    labels = [e.responses[0].label for e in read(runs / "data/labelled.jsonl")]
+    labels = [e.responses[0].label for e in read(data / "labelled.jsonl")]
     assert labels == [True, False] * len(trained)
     assert main(COMMAND.split()) == 0
     assert capsys.readouterr().out.count("finished earlier, skipped") == 3
@@ -114,8 +114,9 @@ def test_what_a_loss_compares():
     ("args", "message"),
     [
         ("compare", "`posttrain compare` needs a loss"),
-        ("compare dpo dppo", "unknown preference loss 'dppo'; did you mean 'dpo'?"),
+        ("compare dpo dppo", "unknown method 'dppo'; did you mean 'dpo'?"),
         ("compare dpo sft", "'sft' is no preference loss"),
+        ("compare dpo rloo", "'rloo' needs --reward; compare takes losses that learn from data that is there"),
         ("compare dpo:beta=x", "--dpo:beta: got 'x', expected float"),
         ("compare dpo:btea=1 --model small", "preference loss 'dpo' has no option 'btea'"),
         ("compare dpo --train.beta 0.1 --model small", "a loss is given its options by name"),

@@ -61,10 +61,11 @@ def compare(
     model = model or ("small" if tiny else "smollm2")
     data = data or ("smallworld" if tiny else "default")
     shared = {"model": model, "data": data, "test": test or data}
+    for text in names:  # a wrong name or option is told before anything is written
+        recipe_of(text, shared, more)
     if not dry_run:
-        shared |= prepared(data, test, model, names, directory / "data")
-    recipes = {text: recipe_of(text, shared, more) for text in names}
-    points = [Point(options={"loss": text}, recipe=recipe) for text, recipe in recipes.items()]
+        shared |= prepared(data, test, model, names, directory)
+    points = [Point(options={"loss": text}, recipe=recipe_of(text, shared, more)) for text in names]
     if dry_run:
         forecast_sweep(points, directory, seeds, None, console, tiny)
         return 0
@@ -127,7 +128,10 @@ def recipe_of(text: str, shared: Mapping[str, str], more: Mapping[str, str | Non
     from posttrain.stages import MeasurePreference, Recipe
 
     loss, options = read_loss(text)
-    (train,) = RECIPES[cli.method_recipe(loss)]().stages.values()
+    method = cli.method_recipe(loss)
+    if wanted := [flag(key) for key, item in cli.recipe_options(method).items() if item.default is item.empty]:
+        raise ConfigError(f"'{loss}' needs {', '.join(wanted)}; compare takes losses that learn from data that is there")
+    (train,) = RECIPES[method]().stages.values()
     if not hasattr(train, "loss"):
         raise ConfigError(f"'{loss}' is no preference loss; `posttrain list losses` has those that can be compared")
     train = dataclasses.replace(train, loss=loss, options=options, beta=None)
@@ -145,7 +149,7 @@ def recipe_of(text: str, shared: Mapping[str, str], more: Mapping[str, str | Non
 
 
 def prepared(data: str, test: str | None, model: str, names: Sequence[str], directory: Path) -> dict[str, str]:
-    """Where the rows are: the data as it is, or a directory beside the runs that has what it lacks.
+    """Where the rows are: the data as it is, or a directory beside the runs, named by its contents, that has what it lacks.
 
     Held-out rankings are one prompt in five; labelled answers are the best and the worst of every row.
 
@@ -153,6 +157,7 @@ def prepared(data: str, test: str | None, model: str, names: Sequence[str], dire
         ConfigError: the data has no rankings, or too few to hold some out.
     """
     from posttrain.data import read, split, write_jsonl
+    from posttrain.graph import content_hash
     from posttrain.losses import find_loss, unpaired_losses
     from posttrain.work.inputs import data_files
 
@@ -174,10 +179,11 @@ def prepared(data: str, test: str | None, model: str, names: Sequence[str], dire
         raise ConfigError(f"data '{data}' is too small to hold one prompt in five out; give held-out pairs with --test")
     if labels:
         parts["labelled"] = [one for example in parts["rankings"] for one in best_and_worst(example)]
-    directory.mkdir(parents=True, exist_ok=True)
+    place = directory / f"data-{content_hash(files['rankings'])[:8]}"
+    place.mkdir(parents=True, exist_ok=True)
     for part, examples in parts.items():
-        write_jsonl(directory / f"{part}.jsonl", examples)
-    return {"data": str(directory), **({} if test else {"test": str(directory)})}
+        write_jsonl(place / f"{part}.jsonl", examples)
+    return {"data": str(place), **({} if test else {"test": str(place)})}
 
 
 def best_and_worst(example: Any) -> list[Any]:
