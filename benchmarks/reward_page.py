@@ -73,7 +73,9 @@ def verdict(holds: bool, said: str) -> str:
     return f"{said} {'**Shown.**' if holds else NOT}\n"
 
 
-def _two(rows: Sequence[Row], proof: str, names: tuple[str, str], measure: str) -> tuple[str, tuple[float, float, float]]:
+def _two(
+    rows: Sequence[Row], proof: str, names: tuple[str, str], measure: str
+) -> tuple[str, tuple[float, float, float]]:
     """The table of two models by seed, and the first's lead over the second."""
     first, second = (of(rows, proof, model=name) for name in names)
     pairs = [(a, b) for a in first for b in second if a["seed"] == b["seed"]]
@@ -82,7 +84,8 @@ def _two(rows: Sequence[Row], proof: str, names: tuple[str, str], measure: str) 
         for a, b in pairs
     ]
     lead = interval(
-        [[x - y for x, y in zip(a["right"], b["right"], strict=True)] for a, b in pairs], [a["cluster"] for a, _ in pairs]
+        [[x - y for x, y in zip(a["right"], b["right"], strict=True)] for a, b in pairs],
+        [a["cluster"] for a, _ in pairs],
     )
     return table(["seed", names[0].replace("_", " "), names[1].replace("_", " "), "seconds"], lines), lead
 
@@ -111,15 +114,15 @@ def conditional(rows: Sequence[Row]) -> str:
     patched = of(rows, "patch")
     if patched:
         moved = interval([r["moved"] for r in patched], [r["cluster"] for r in patched])
-        names = ("below_before", "below_after", "accuracy_before", "accuracy_after")
+        names = ("below_before", "below_after", "accuracy_before", "accuracy_without", "accuracy_after")
         lines = [[str(r["seed"]), *(percent(r[name]) for name in names)] for r in patched]
         before, after = (sum(r[n] for r in patched) / len(patched) for n in names[:2])
         holds = after >= 0.9 and after > before and abs(moved[0]) < 0.01
         said = (
             f"After 50 patch pairs the hacked answer is below the clean one for {percent(after)} of prompts (before: "
-            f"{percent(before)}); other accuracy moved by {points(moved)}."
+            f"{percent(before)}); other accuracy differs from that without patches by {points(moved)}."
         )
-        header = ["seed", "hack below clean, before", "after", "accuracy, before", "after"]
+        header = ["seed", "hack below clean, before", "after", "accuracy, before", "without patches", "with"]
         out += ["## Fifty patch pairs\n", table(header, lines), verdict(holds, said)]
     return "\n".join(out)
 

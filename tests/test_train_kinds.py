@@ -14,6 +14,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from posttrain.cli import main
 from posttrain.data.load import read
 from posttrain.data.smallworld import gold, rankings
+from posttrain.errors import ModelError
+from posttrain.models.load import load_reward as load_plain
 from posttrain.rewards.base import Completion
 from posttrain.rewards.kinds import KINDS
 from posttrain.rewards.trained import as_reward, load_reward
@@ -191,6 +193,12 @@ def test_a_scorer_is_a_reward(trained):
         Completion(example=one, text=r.text, prompt_ids=(1,), ids=(2,), truncated=False, group=0) for r in one.responses
     ]
     assert [s.value for s in as_reward(scorer)(asks)] == pytest.approx(scorer.values([one])[0], abs=1e-6)
+
+
+def test_scores_of_another_form_are_not_taken_for_plain_ones(trained):
+    for kind in ("process", "pairwise", "conditional"):
+        with pytest.raises(ModelError, match=f"is a reward model of kind '{kind}'"):
+            load_plain(str(trained(kind)), dtype=torch.float32)
 
 
 @pytest.mark.parametrize(

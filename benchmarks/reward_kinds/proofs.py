@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from posttrain.data.curation import patch_pairs
 from posttrain.data.judged_rows import conditioned, mark_steps
 from posttrain.data.mixing import keyed
 from posttrain.data.smallworld import gold, rankings, task_prompts
-from posttrain.data.smallworld_language import NUMBERS, Draw
+from posttrain.data.smallworld_language import WORDS, Draw
 from posttrain.data.views import rankings as ranked_view
 from posttrain.models.load import load_policy
 from posttrain.models.policy import Model
@@ -114,11 +115,14 @@ def conditional(seed: int) -> None:
     began = time.process_time()
     test, fresh = ordinary(150, 2100 + seed, "heldout"), ordinary(100, 2200 + seed, "heldout")
     before = hacked_below(scorer, fresh), outcomes(scorer, test)
+    control = copy.deepcopy(model)
+    train_ranked(control, conditioned(seen, DOMAINS), objective, epochs=1, seed=seed + 7, lr=3e-4)
+    without = outcomes(scorer_of(control, "domains", domains=DOMAINS), test)
     some = ordinary(50, 1200 + seed, "train")
     patches = patch_pairs(some, [e.responses[0].text for e in some], lambda _, answer: answer + CLOSINGS)
     train_ranked(model, conditioned([*patches, *seen], DOMAINS), objective, epochs=1, seed=seed + 7, lr=3e-4)
     after = hacked_below(scorer, fresh), outcomes(scorer, test)
-    accuracy = [sum(o.correct for o in found[1]) / len(found[1]) for found in (before, after)]
+    accuracy = [sum(o.correct for o in found) / len(found) for found in (before[1], without, after[1])]
     write(
         "patch",
         seed,
@@ -126,8 +130,9 @@ def conditional(seed: int) -> None:
         below_before=sum(before[0]) / len(before[0]),
         below_after=sum(after[0]) / len(after[0]),
         accuracy_before=accuracy[0],
-        accuracy_after=accuracy[1],
-        moved=[b.correct - a.correct for a, b in zip(before[1], after[1], strict=True)],
+        accuracy_without=accuracy[1],
+        accuracy_after=accuracy[2],
+        moved=[b.correct - a.correct for a, b in zip(without, after[1], strict=True)],
         cluster=[o.ranking for o in before[1]],
         right=after[0],
     )
@@ -142,24 +147,19 @@ def hacked_below(scorer: Scorer, examples: Sequence[Example]) -> list[float]:
 # ---------------------------------------------------------------------------- process
 
 
-def chain(draw: Draw, solutions: int, wrong: float = 0.35) -> Example:
-    """A sum of four numbers, and solutions by steps; an error stays in what follows, so every later step is labelled wrong."""
-    numbers = [draw.below(4) for _ in range(4)]  # sums that the small model has read
-    prompt = "add " + " and ".join(NUMBERS[n] for n in numbers) + ", step by step"
+def chain(draw: Draw, solutions: int, wrong: float = 0.25) -> Example:
+    """Four words to write backwards, one a step, and solutions in which steps give another word; what follows an error is wrong too."""
+    words = draw.sample(WORDS, 4)
     responses = []
     for _ in range(solutions):
-        total, good, steps = numbers[0], True, list[Step]()
-        for number in numbers[1:]:
-            result = total + number
-            if draw.chance(wrong):
-                result += draw.pick([d for d in (-2, -1, 1, 2) if 0 <= result + d <= 20])
-                good = False
-            steps.append(
-                Step(text=f"{NUMBERS[total]} plus {NUMBERS[number]} is {NUMBERS[result]}.\n", label=1 if good else -1)
-            )
-            total = result
+        good, steps = True, list[Step]()
+        for word in words[::-1]:
+            shown = draw.pick([w for w in words if w != word]) if draw.chance(wrong) else word
+            good = good and shown == word
+            steps.append(Step(text=f"{shown}.\n", label=1 if good else -1))
         text = "".join(s.text for s in steps).rstrip()
-        responses.append(replace(said(text), steps=tuple(steps), label=total == sum(numbers)))
+        responses.append(replace(said(text), steps=tuple(steps), label=good))
+    prompt = "write backwards: " + " ".join(words)
     return Example(prompt=(Message(role="user", content=prompt),), responses=tuple(responses))
 
 

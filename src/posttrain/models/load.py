@@ -29,6 +29,7 @@ from posttrain.errors import ConfigError, ModelError
 from posttrain.models import lora as adapters
 from posttrain.models.attention import NAME
 from posttrain.models.check import checked
+from posttrain.models.encoder import is_encoder, with_template
 from posttrain.models.policy import Model
 from posttrain.models.small import small_path
 
@@ -183,8 +184,8 @@ def _download(name: str, patterns: Sequence[str]) -> Path:
 
 
 def load_tokenizer(path: str) -> Any:
-    """Load the tokenizer of a model directory or hub name."""
-    return AutoTokenizer.from_pretrained(path)
+    """Load the tokenizer of a model directory or hub name; an encoder's gets a chat template if it has none."""
+    return with_template(AutoTokenizer.from_pretrained(path))
 
 
 def load_generation_config(path: str) -> GenerationConfig | None:
@@ -220,13 +221,29 @@ def load_policy(
     return role(model, "policy", lora=lora, seed=seed) if train else model
 
 
-def load_reward(path: str, *, dtype: torch.dtype, outputs: int = 1) -> Model:
-    """Load a reward model saved as ``ForSequenceClassification`` with one label, or ``outputs`` of them."""
+def load_reward(path: str, *, dtype: torch.dtype, outputs: int = 1, form: str = "responses") -> Model:
+    """Load a reward model saved as ``ForSequenceClassification`` with one label, or ``outputs`` of them.
+
+    Raises:
+        ModelError: its ``reward.json`` says that scores are read in another way than ``form``.
+    """
+    record = Path(path) / "reward.json"
+    found = json.loads(record.read_text()) if record.exists() else {}
+    if found.get("form", "responses") != form:
+        raise ModelError(
+            f"'{path}' is a reward model of kind '{found.get('kind')}', whose score is not one output; expected one of plain "
+            "answers, or in Python posttrain.rewards.trained.load_reward, which reads every kind"
+        )
     hf_logging.disable_progress_bar()
-    net = _prepare(AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype))
-    score: Any = _widened(net)
+    net = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype)
     if net.config.num_labels != outputs:
-        raise ModelError(f"'{path}' has {net.config.num_labels} labels; expected {outputs} (a scalar reward model has 1)")
+        raise ModelError(
+            f"'{path}' has {net.config.num_labels} labels; expected {outputs} (a scalar reward model has 1)"
+        )
+    if is_encoder(net):
+        return Model(net.eval().requires_grad_(False), encoder=True)
+    net = _prepare(net)
+    score: Any = _widened(net)
     return checked(Model(net, scalar=score))
 
 
@@ -236,8 +253,14 @@ def new_reward(
     """Start a reward model from a language model's trunk; its head starts at ``N(0, 1/(d+1))`` (Stiennon et al. 2020)."""
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()  # transformers reports the new head as missing; it is meant to be
-    net = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, num_labels=outputs)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # an encoder's head is drawn here
+        net = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, num_labels=outputs)
     hf_logging.set_verbosity_warning()
+    if is_encoder(net):
+        if lora is not None:
+            raise ModelError(f"'{path}' is an encoder, which is trained whole; set lora_rank to 0")
+        return role(Model(net.eval(), encoder=True), "reward", lora=None, seed=seed)
     score: Any = _widened(net)
     width = score.weight.shape[1]
     noise = torch.randn(outputs, width, generator=torch.Generator().manual_seed(seed))
@@ -279,10 +302,11 @@ def save_merged(model: Model, base: str, directory: Path, tokenizer: Any) -> Non
 
     The base is read again at full precision: added in bf16, a small delta would round away.
     """
-    kind = AutoModelForCausalLM if model.scalar is None else AutoModelForSequenceClassification
+    judge = model.encoder or model.scalar is not None
+    kind = AutoModelForSequenceClassification if judge else AutoModelForCausalLM
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()
-    extra = {} if model.scalar is None else {"num_labels": model.scalar.out_features}
+    extra = {"num_labels": model.net.config.num_labels} if judge else {}
     net = kind.from_pretrained(base, dtype=torch.float32, **extra)
     hf_logging.set_verbosity_warning()
     state = net.state_dict()
@@ -295,7 +319,7 @@ def save_merged(model: Model, base: str, directory: Path, tokenizer: Any) -> Non
                 state[name].add_(delta)
         if model.scalar is not None:
             state["score.weight"].copy_(model.scalar.weight)
-    if model.scalar is not None:
+    if judge:
         tokenizer = _reward_tokenizer(net, tokenizer)
     else:
         generation = load_generation_config(base)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from posttrain.forest import Forest
 from posttrain.models import lora as adapters
 from posttrain.models.attention import forest_layout
+from posttrain.models.encoder import encoder_scores
 from posttrain.models.head import read_head
 from posttrain.models.recompute import recomputed
 from posttrain.models.scores import SCORES, score_stats
@@ -35,6 +36,7 @@ class Model:
         checkpointing: keep each layer's input only, and compute the layer again in the backward pass: less memory for a
             third more time, and the same numbers.
         gate: weights of the head's k outputs, from the state where the prompt ends.
+        encoder: an answer's score is the network's own output for prompt and answer, which see each other.
     """
 
     net: PreTrainedModel
@@ -45,6 +47,7 @@ class Model:
     plain: bool = False
     checkpointing: bool = False
     gate: nn.Module | None = None
+    encoder: bool = False
 
     @property
     def trunk(self) -> Any:
@@ -130,6 +133,9 @@ def forward_stats(
     token statistics (`posttrain.ops.token_stats`) are ``[M]``, computed only where ``mask`` is true and 0 elsewhere.
     Those of two distributions (``kl_from_other`` ...) need the ``other`` model, which is computed without gradient.
     """
+    if model.encoder:
+        scores = encoder_scores(model.net, forest)
+        return {name: scores if name == "scores" else scores[:, 0] for name in want & {"score", "scores"}}
     states = hidden_states(model, forest)
     out: dict[str, Tensor] = {}
     if model.scalar is not None:

@@ -110,7 +110,7 @@ def load_reward(directory: str | Path, *, dtype: torch.dtype = torch.float32, ma
     if record["form"] == "verdicts":
         model = load_policy(str(path), dtype=dtype)
     else:
-        model = load_heads(str(path), dtype=dtype, outputs=max(1, len(record["outputs"])))
+        model = load_heads(str(path), dtype=dtype, outputs=max(1, len(record["outputs"])), form=record["form"])
     if record["form"] == "gated":
         assert model.scalar is not None
         gate = Gate(model.scalar.in_features, model.scalar.out_features, **record["gate"])

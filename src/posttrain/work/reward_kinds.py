@@ -144,7 +144,7 @@ def start_model(stage: TrainScorer, ctx: Context, start: Start, ready: Prepared,
         return load_policy(start.path, dtype=dtype, lora=lora, train=True, seed=seed)
     outputs = ready.record.get("outputs", [])
     if kind.form == "gated":
-        model = load_reward(start.path, dtype=dtype, outputs=len(outputs))
+        model = load_reward(start.path, dtype=dtype, outputs=len(outputs), form="attributes")
         assert model.scalar is not None
         gate = Gate(model.scalar.in_features, len(outputs), seed=seed, **GATE)
         return replace(model, gate=gate, trained=True, head_only=True)
@@ -155,7 +155,7 @@ def reference_mean(
     stage: TrainScorer, ctx: Context, start: Start, model: Model, record: dict[str, Any]
 ) -> dict[str, Any]:
     """The mean score of demonstrations (64 at most), which is subtracted from then on; 0 for chances and probabilities."""
-    if record["form"] in ("steps", "pairs", "verdicts", "domains"):
+    if record["form"] in ("steps", "pairs", "verdicts", "domains") or record["sign"] < 0:
         return {"mean": 0.0, "reference": "none: scores have a zero of their own"}
     try:
         examples = load_examples(stage, ctx, "demonstrations")[:64]
