@@ -66,5 +66,6 @@ def test_an_encoder_learns_and_opens_in_plain_transformers(folder, kind, labels)
 
 
 def test_adapters_of_an_encoder_are_refused(folder, capsys):
-    assert main("train reward --data pairs.jsonl --model bert --lora-rank 4 --name adapters".split()) == 2
+    options = ["--data", "pairs.jsonl", "--model", "bert", "--lora-rank", "4", "--name", "adapters"]
+    assert main(["train", "reward", *options]) == 2
     assert "is an encoder, which is trained whole; set lora_rank to 0" in capsys.readouterr().err
