@@ -44,7 +44,21 @@ FLOORS = [
             "ranks",
         }
     ],
-    [{"recipes"}, {"__main__", "cli", "cli_data", "cli_list", "cli_merge", "cli_making", "cli_compare", "cli_reward", "cli_runs", "arguments"}],
+    [
+        {"recipes"},
+        {
+            "__main__",
+            "cli",
+            "cli_data",
+            "cli_list",
+            "cli_merge",
+            "cli_making",
+            "cli_compare",
+            "cli_reward",
+            "cli_runs",
+            "arguments",
+        },
+    ],
 ]
 PLACE = {name: (floor, group) for floor, sets in enumerate(FLOORS) for group in sets for name in group}
 

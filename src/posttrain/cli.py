@@ -24,8 +24,8 @@ from posttrain.arguments import convert, flag, flags, keyword_options, split, ty
 from posttrain.cli_compare import compare, gather_losses
 from posttrain.cli_data import dispatch as dispatch_data
 from posttrain.cli_list import list_names
-from posttrain.cli_merge import dispatch as dispatch_merge
 from posttrain.cli_making import generate, label, select
+from posttrain.cli_merge import dispatch as dispatch_merge
 from posttrain.cli_reward import evaluate_models, gather_models, score, serve
 from posttrain.cli_runs import diff, gather, replay, rerun, show_finished, sweep
 from posttrain.errors import ConfigError, PosttrainError, printable, suggest

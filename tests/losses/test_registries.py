@@ -25,7 +25,7 @@ from posttrain.registry import Registry, keyword_defaults
 
 REGISTRIES = {name: found for name, found in vars(losses).items() if isinstance(found, Registry)}
 CASES = [(kind, name) for kind, registry in REGISTRIES.items() if kind != "preference" for name in registry]
-FACTS = {"paper", "needs", "at_reference", "coupled", "scores", "reads", "mismatched"}
+FACTS = {"paper", "needs", "at_reference", "coupled", "scores", "reads", "mismatched", "opponent"}
 
 
 def columns(names, size, low, high, g, dtype=torch.float64):

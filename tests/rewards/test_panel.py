@@ -326,7 +326,7 @@ def test_given_scores_stay_and_disagreement_is_written(home, tmp_path):
 def test_a_panel_reward_is_blind_to_ids(panel):
     first, *others = panel_reward(panel)(completions())
     alone = panel_reward(panel)(completions()[:1])[0]
-    assert first.value == pytest.approx(alone.value, abs=1e-5) and first.parts == {"reward_model": first.value}
+    assert first.value == pytest.approx(alone.value, abs=1e-5) and first.parts == {}
     assert len({s.value for s in others}) == 3
 
 

@@ -80,7 +80,7 @@ def test_completions_are_grouped_by_prompt_and_scores_come_back_in_order(model):
     for c, score in zip(given, got, strict=True):
         ((alone,),) = score_rows(model, [Row(c.prompt_ids, [Branch(c.ids, {})])])
         assert score.value == pytest.approx(alone - 0.25, abs=1e-12)
-        assert score.parts == {"reward_model": score.value}
+        assert score.parts == {}
     assert len({s.value for s in got}) == 6
 
 

@@ -160,7 +160,10 @@ def decoder_of(model: Model) -> Decoder | None:
         if model.net not in _calls:
             _calls[model.net] = _checked_calls(model)
         calls = _calls[model.net]
-        return None if calls is None else Decoder(model, calls)
+        try:
+            return None if calls is None else Decoder(model, calls)
+        except AttributeError:  # a layer was put in the place of one since
+            return None
 
 
 class _Listening(SlotLayout):

@@ -24,7 +24,7 @@ from posttrain.models.stored import DTYPES, Stored, network, require_same_networ
 PROMPTS = 16
 """How many prompts a merge is checked on."""
 TOLERANCE = 1e-4
-"""Largest difference of a log-probability (nats a token) or a score, in fp32."""
+"""Largest difference of a log-probability (nats a token) or a score in fp32, a share of it where it is above 1."""
 
 
 def merge_models(
@@ -122,7 +122,8 @@ def parity(what: str, net: PreTrainedModel, other: PreTrainedModel, prompts: Seq
     """
     worst = 0.0
     for prompt in prompts:
-        difference = float((outputs(net, prompt) - outputs(other, prompt)).abs().max())
+        one, two = outputs(net, prompt), outputs(other, prompt)
+        difference = float(((one - two).abs() / two.abs().clamp(min=1)).max())
         if not difference <= TOLERANCE:
             raise ModelError(
                 f"{what} is not what it should compute: a difference of {difference:.2e} on {len(prompts)} prompts "

@@ -40,8 +40,8 @@ class Score:
 
 
 def kept_score(score: Score) -> Any:
-    """A score as JSON has it: its value alone where there is nothing else, as where its one part is the whole."""
-    if not score.steps and all(v == score.value for v in score.parts.values()) and len(score.parts) < 2:
+    """A score as JSON has it: its value alone where there is nothing else."""
+    if not score.steps and not score.parts:
         return score.value
     return {"value": score.value, "steps": list(score.steps.items()), "parts": dict(score.parts)}
 

@@ -68,6 +68,6 @@ def reward_model(model: Model, *, mean: float = 0.0, max_tokens: int = 1024) -> 
     def reward(completions: Sequence[Completion]) -> list[Score]:
         rows, places = group_rows(completions)
         scores = score_rows(model, rows, max_tokens=max_tokens)
-        return [Score(scores[r][b] - mean, {"reward_model": scores[r][b] - mean}) for r, b in places]
+        return [Score(scores[r][b] - mean) for r, b in places]
 
     return reward

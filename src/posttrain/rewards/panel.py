@@ -215,8 +215,7 @@ def panel_reward(panel: Panel) -> Reward:
         out: list[Score] = []
         for r, b in places:
             value, spread = found[r].scores[b], found[r].spread[b]
-            parts = {} if value is None else {"reward_model": value}
-            parts |= {"disagreement": spread} if spread is not None and len(panel.members) > 1 else {}
+            parts = {"disagreement": spread} if spread is not None and len(panel.members) > 1 else {}
             out.append(Score(value, parts))
         return out
 

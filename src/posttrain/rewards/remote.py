@@ -62,7 +62,7 @@ def remote_reward(url: str, token: str, *, timeout: float = 300.0, tries: int = 
         examples, truncated, places = as_examples(completions)
         found = remote_scores(url, token, examples, truncated, timeout=timeout, tries=tries)
         values = [found[r][b] for r, b in places]
-        return [Score(v, {} if v is None else {"reward_model": v}) for v in values]
+        return [Score(v) for v in values]
 
     return reward
 

@@ -13,6 +13,7 @@ from posttrain.forest import Batch
 from posttrain.losses import find_loss
 from posttrain.losses.reward import bradley_terry
 from posttrain.ops.masked import masked_sum
+from posttrain.train.odin import Odin
 from posttrain.train.policy_gradient import PolicyGradient
 from posttrain.train.preferences import BetaDPO, ExploredPreference, Preference, ScoredPreference, TokenPreference
 from posttrain.train.responses import Listwise, Unpaired, Valued
@@ -44,6 +45,7 @@ __all__ = [
     "GatedReward",
     "ListedReward",
     "Listwise",
+    "Odin",
     "PolicyGradient",
     "Preference",
     "RankedReward",

@@ -11,7 +11,7 @@ from torch.nn.functional import linear, logsigmoid
 from posttrain.forest import Batch
 from posttrain.models.policy import Model
 from posttrain.ops.masked import segment_sum
-from posttrain.train.terms import Check, Stats, Term, ordered_right, pair_shares
+from posttrain.train.terms import Check, Stats, Term, objectives, ordered_right, pair_shares
 
 
 class OrthogonalHead(nn.Linear):
@@ -34,6 +34,7 @@ def length_role(reward: Model) -> Model:
     return replace(reward, scalar=OrthogonalHead(reward.scalar).requires_grad_(True), head_only=True)
 
 
+@objectives.register("reward_odin", columns=("rank", "weight"))
 @dataclass(frozen=True)
 class Odin:
     """``-log sigmoid(gap of q + l) + weight ((1 - corr(l, n)) + |corr(q, n)|)`` a pair, q the reward's score, l the length head's.
