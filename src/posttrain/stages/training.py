@@ -252,12 +252,12 @@ class Reinforce(Training):
     algorithm's own. ``reward`` is a `TrainReward` stage, the directory that one wrote, a name (`posttrain.rewards.named`) or
     ``module:function`` of (prompt, answer). ``lr`` is the policy's and ``value_lr`` the critic's learning rate. The critic, where
     the algorithm has one, starts as the reward model, or, where there is none, as the policy does with a head of zeros; with
-    ``value_rank`` 0 and adapters elsewhere only its head is trained. A response cut by length scores ``cut_score``, and with ``mask_cut`` is no part of the loss; ``overlong_share`` is the last share of the length over
-    which scores fall by 1. With ``rounds`` above 1, prompts whose responses all score the same are replaced by others.
-    ``kl_target`` steers a penalty in the reward to so many nats a sequence. ``mismatch`` is the weight of tokens where the
-    sampler is not the trainer (`posttrain.losses.shaping`). Where the KL of a rollout exceeds ``max_kl`` (nats a sequence)
-    the stage stops, says why, and keeps the last checkpoint below it. Writes the policy (an adapter for peft, or a model
-    directory).
+    ``value_rank`` 0 and adapters elsewhere only its head is trained. A response cut by length scores ``cut_score``, and
+    with ``mask_cut`` is no part of the loss; ``overlong_share`` is the last share of the length over which scores fall by
+    1. With ``rounds`` above 1, prompts whose responses all score the same are replaced by others. ``kl_target`` steers a
+    penalty in the reward to so many nats a sequence. ``mismatch`` is the weight of tokens where the sampler is not the
+    trainer (`posttrain.losses.shaping`). Where the KL of a rollout exceeds ``max_kl`` (nats a sequence) the stage stops,
+    says why, and keeps the last checkpoint below it. Writes the policy (an adapter for peft, or a model directory).
     """
 
     WORK: ClassVar[str] = "posttrain.work.reinforce:run"
