@@ -114,7 +114,7 @@ def test_what_a_loss_compares():
     ("args", "message"),
     [
         ("compare", "`posttrain compare` needs a loss"),
-        ("compare dpo dppo", "unknown method 'dppo'; did you mean 'dpo'?"),
+        ("compare dpo dppo", "unknown preference loss 'dppo'; did you mean 'dpo'?"),
         ("compare dpo sft", "'sft' is no preference loss"),
         ("compare dpo rloo", "'rloo' needs --reward; compare takes losses that learn from data that is there"),
         ("compare dpo:beta=x", "--dpo:beta: got 'x', expected float"),

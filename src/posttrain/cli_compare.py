@@ -124,10 +124,13 @@ def recipe_of(text: str, shared: Mapping[str, str], more: Mapping[str, str | Non
     """The recipe of one loss: train with it, then measure; ``more`` changes fields of the training or ``STAGE.FIELD``."""
     from posttrain import cli
     from posttrain.graph import override
-    from posttrain.registry import RECIPES
+    from posttrain.losses import find_loss
+    from posttrain.registry import METHODS, RECIPES
     from posttrain.stages import MeasurePreference, Recipe
 
     loss, options = read_loss(text)
+    if loss not in METHODS:
+        find_loss(loss)  # whose error names the losses that are near
     method = cli.method_recipe(loss)
     if wanted := [flag(key) for key, item in cli.recipe_options(method).items() if item.default is item.empty]:
         raise ConfigError(f"'{loss}' needs {', '.join(wanted)}; compare takes losses that learn from data that is there")

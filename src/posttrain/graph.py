@@ -114,9 +114,9 @@ def typed_fields(
     """Return the fields, by stage, that the options given to a recipe's function set, of those that ``--tiny`` would set.
 
     They are those that change when an option is left out; where it was given its default, or can't be left out, those of
-    the same text, or of the option's name and value.
+    the same text, or of the option's name and value. Those that the recipe itself calls typed come first.
     """
-    found: dict[str, frozenset[str]] = {}
+    found = dict(recipe.typed)
     for key, value in given.items():
         default = inspect.signature(function).parameters[key].default
         others: Mapping[str, Stage] = {}

@@ -119,12 +119,15 @@ RECIPES = Registry(
     "recipe",
     {
         "dpo": "posttrain.recipes.dpo:dpo",
+        "hermes3": "posttrain.recipes.hermes3:hermes3",
         "instructgpt": "posttrain.recipes.instructgpt:instructgpt",
+        "phi3": "posttrain.recipes.phi3:phi3",
         "reward_model": "posttrain.recipes.reward_model:reward_model",
         "rso": "posttrain.recipes.rso:rso",
         "slic_hf": "posttrain.recipes.slic_hf:slic_hf",
         "small": "posttrain.recipes.small:small",
         "spin": "posttrain.recipes.spin:spin",
+        "zephyr_orpo": "posttrain.recipes.zephyr_orpo:zephyr_orpo",
     },
 )
 

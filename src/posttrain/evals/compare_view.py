@@ -33,7 +33,8 @@ _COLOUR, _SEED = "#1f6feb", "#aab4be"
 
 def by_seed(point: Mapping[str, Any], column: str) -> list[float]:
     """A point's values of a column, of the seeds that finished."""
-    trained, start = (point["numbers"].get(f"policies/{who}/{column}", []) for who in ("trained", "start"))
+    numbers = {key.partition("/")[2]: values for key, values in point["numbers"].items() if ":" not in key}
+    trained, start = (numbers.get(f"{who}/{column}", []) for who in ("trained", "start"))
     if column != "chosen":
         return [x for x in trained if x is not None]
     return [x - y for x, y in zip(trained, start, strict=True) if x is not None and y is not None]

@@ -24,6 +24,9 @@ from posttrain.train.reference import row_logp
 from posttrain.work.heldout import fitting, machine, stage_seconds
 from posttrain.work.inputs import choose_dtype, read_part, start_from, test_file
 
+SHOWN = ("accuracy", "margin", "chosen", "rejected")
+"""Numbers of held-out rankings that tables of a run show, with intervals; its results have the others as ``rankings``."""
+
 Sums = list[list[float]]
 """Of every row and response the summed log-probability of its trained tokens, in nats."""
 
@@ -129,11 +132,14 @@ def run(stage: MeasurePreference, ctx: Context) -> None:
     policy = load_policy(str(ctx.inputs["policy"]), dtype=dtype)
     held = ranked(reference, rows, [[r.rank or 0 for r in e.responses] for e in examples], stage.max_tokens)
     scores: dict[str, Any] = {}
+    others: dict[str, dict[str, float]] = {}
     written: dict[str, list[list[Rollout]]] = {}
     apart: dict[str, NDArray[np.float64]] = {}
     for name, model in (("start", reference), ("trained", policy)):
         sums = held.start if model is reference else row_sums(model, rows, stage.max_tokens)
-        scores[name] = {key: np.array(values)[:, None] for key, values in on_rankings(sums, held).items()}
+        found = on_rankings(sums, held)
+        scores[name] = {key: np.array(found.pop(key))[:, None] for key in SHOWN}
+        others[name] = {key: float(np.mean(values)) for key, values in found.items()}
         written[name] = answers(
             model,
             [row.prompt for row in rows],
@@ -150,4 +156,4 @@ def run(stage: MeasurePreference, ctx: Context) -> None:
         truncated={name: [[r.truncated for r in row] for row in found] for name, found in written.items()},
     )
     results = sections.closing_results(machine=machine(), policy=section, stages=stage_seconds(ctx))
-    sections.write_results(results, ctx.dir / "results.json")
+    sections.write_results(results | {"rankings": others}, ctx.dir / "results.json")
