@@ -140,10 +140,10 @@ METHODS = Registry(
     "method",
     {
         "dpo": "posttrain.recipes.methods:dpo",
+        "online_dpo": "posttrain.recipes.online:online_dpo",
         "ppo": "posttrain.recipes.methods:ppo",
         "reward": "posttrain.recipes.methods:reward",
         "sft": "posttrain.recipes.methods:sft",
-        "online_dpo": "posttrain.recipes.online:online_dpo",
     }
     | {name: f"posttrain.recipes.policy:{name}" for name in sorted(_ALGORITHMS)},
     AMBIGUOUS,
