@@ -45,8 +45,7 @@ class Effect:
 EFFECTS = {
     "format_mask": Effect(
         question=(
-            "Does a likelihood term with a format mask keep chosen answers probable where DPO alone lets "
-            "them fall?"
+            "Does a likelihood term with a format mask keep chosen answers probable where DPO alone lets them fall?"
         ),
         sizes="Small model, 96 pairs of a best and a worst answer, 24 steps; 64 held-out pairs.",
         arms=("start", "dpo", "dpo_nll", "dpo_nll_masked"),
@@ -150,11 +149,10 @@ EFFECTS = {
     ),
     "forgetting": Effect(
         question=(
-            "Does NPO forget without losing the rest, where gradient ascent (its limit of beta 0) loses "
-            "everything?"
+            "Does NPO forget without losing the rest, where gradient ascent (its limit of beta 0) loses everything?"
         ),
         sizes=(
-            "Small model, 64 answers about things to forget, 40 steps; 64 held-out requests of the same "
+            "Small model, 64 answers about things to forget, 25 steps; 64 held-out requests of the same "
             "kinds and 64 of others."
         ),
         arms=("start", "npo", "npo:beta=1e-6"),
@@ -176,25 +174,41 @@ EFFECTS = {
         ),
     ),
     "flips": Effect(
-        question=(
-            "Do objectives made for wrong labels learn more from pairs of which one in five is the wrong "
-            "way round?"
-        ),
-        sizes="Small model, 96 pairs that differ in a word, 19 of them flipped, 48 steps; 96 clean held-out pairs.",
+        question="What do objectives made for wrong labels do where one pair in five is the wrong way round?",
+        sizes="Small base model, 128 pairs, 26 of them flipped, 64 steps; 64 clean held-out rankings and an answer to each prompt.",
         arms=("dpo", "cdpo:label_smoothing=0.2", "robust_dpo:label_smoothing=0.2"),
         run=arms.flips,
         claims=(
             Claim(
                 number="accuracy",
+                arm="robust_dpo:label_smoothing=0.2",
+                against="dpo",
+                says="`robust_dpo` orders more held-out pairs right than `dpo`",
+            ),
+            Claim(
+                number="gold_total",
+                arm="robust_dpo:label_smoothing=0.2",
+                against="dpo",
+                says="its answers score higher",
+            ),
+            Claim(
+                number="kl",
                 arm="cdpo:label_smoothing=0.2",
                 against="dpo",
-                says="`cdpo` is more accurate than `dpo`",
+                above=False,
+                says="`cdpo` stays nearer to the start than `dpo`",
+            ),
+            Claim(
+                number="gold_total",
+                arm="cdpo:label_smoothing=0.2",
+                against="dpo",
+                says="its answers score higher",
             ),
             Claim(
                 number="accuracy",
-                arm="robust_dpo:label_smoothing=0.2",
+                arm="cdpo:label_smoothing=0.2",
                 against="dpo",
-                says="`robust_dpo` is more accurate than `dpo`",
+                says="`cdpo` orders more held-out pairs right than `dpo`",
             ),
         ),
     ),
@@ -249,8 +263,7 @@ EFFECTS = {
     "unwanted": Effect(
         question="Phi-3: does unwanted behaviour become less probable at equal task score?",
         sizes=(
-            "Small base model, 96 pairs of a right answer and a rebuff or harmful method, 24 steps; 64 "
-            "held-out pairs."
+            "Small base model, 96 pairs of a right answer and a rebuff or harmful method, 24 steps; 64 held-out pairs."
         ),
         arms=("start", "dpo"),
         run=arms.unwanted,

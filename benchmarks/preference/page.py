@@ -69,7 +69,8 @@ def table_section(plan: Plan) -> str:
     s = plan.setting
     lines = [title, ""]
     lines += [
-        f"{plan.about[0].upper()}{plan.about[1:]}; learning rate {s.lr:g}, {s.epochs:g} epoch{'s' * (s.epochs != 1)}; every loss at its own default options."
+        f"{plan.about[0].upper()}{plan.about[1:]}; learning rate {s.lr:g}, {s.epochs:g} epoch{'s' * (s.epochs != 1)}; "
+        "every loss at its own default options."
     ]
     if not plan.world:
         others = len(losses()) - len(plan.losses)
