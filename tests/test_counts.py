@@ -81,7 +81,8 @@ def test_seconds_and_bytes_counted_of_growing_steps():
     ]
 
 
-def test_rows_of_two_dtypes_are_drawn_again_where_the_data_has_fewer_and_their_ends_compared():
+def test_rows_of_two_dtypes_are_drawn_again_where_the_data_has_fewer_and_their_ends_compared(monkeypatch):
+    monkeypatch.delenv("POSTTRAIN_REAL_DATA", raising=False)
     _, pairs = chosen(str(small_path("instruct")), "dpo", 30, 3)
     _, best = chosen(str(small_path("instruct")), "sft", 30, 3)
     assert len(pairs) == 240 and len({str(p) for p in pairs}) < 240

@@ -59,9 +59,7 @@ def trained(folder, name, *more, run=None):
 
 
 OTHERS = ("policy_gradient", "reward_ranked")  # losses of algorithms and of reward models
-ALL = sorted(
-    loss for name in objectives for loss in objectives.facts(name).get("losses", ()) if name not in OTHERS
-)
+ALL = sorted(loss for name in objectives for loss in objectives.facts(name).get("losses", ()) if name not in OTHERS)
 FEW = ["simpo", "reward_aware_po", "dno", "tdpo2", "mallows", "dpo_nll_masked", "d2o", "kto", "dro_v", "beta_dpo"]
 """One of each kind of what a loss reads."""
 

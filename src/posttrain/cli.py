@@ -189,7 +189,8 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "list": list_names,
 }
 
-GATHERED: dict[str, Callable[[list[str]], list[str]]] = {"sweep": gather, "compare": gather_losses, "eval": gather_models}
+Gather = Callable[[list[str]], list[str]]
+GATHERED: dict[str, Gather] = {"sweep": gather, "compare": gather_losses, "eval": gather_models}
 """What joins the arguments of commands that take several values for one parameter."""
 
 

@@ -133,7 +133,9 @@ def recipe_of(text: str, shared: Mapping[str, str], more: Mapping[str, str | Non
         find_loss(loss)  # whose error names the losses that are near
     method = cli.method_recipe(loss)
     if wanted := [flag(key) for key, item in cli.recipe_options(method).items() if item.default is item.empty]:
-        raise ConfigError(f"'{loss}' needs {', '.join(wanted)}; compare takes losses that learn from data that is there")
+        raise ConfigError(
+            f"'{loss}' needs {', '.join(wanted)}; compare takes losses that learn from data that is there"
+        )
     (train,) = RECIPES[method]().stages.values()
     if not hasattr(train, "loss"):
         raise ConfigError(f"'{loss}' is no preference loss; `posttrain list losses` has those that can be compared")

@@ -12,7 +12,8 @@ def spin(model: str = "smollm2", data: str = "default", rounds: int = 3) -> Reci
     the laptop block, with the paper's number in brackets where it differs (appendix B).
     """
     policy: Stage = SFT(model=model, data=data, epochs=2, prompts_per_step=8, lora_rank=16, lr=3e-4)  # [Zephyr's SFT]
-    start, stages, own = policy, {"sft": policy}, list[Stage]()
+    start, own = policy, list[Stage]()
+    stages: dict[str, Stage] = {"sft": start}
     for turn in range(rounds):  # [4]
         own.append(
             Generate(

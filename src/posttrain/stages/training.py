@@ -210,7 +210,9 @@ class Prefer(Training):
         kind = find_loss(self.loss)
         kind.bound(self.loss, self.loss_options())
         if self.noise and (kind.facts(self.loss).get("coupled") or self.DATA[0] == "labelled"):
-            raise ConfigError(f"got noise={self.noise:g}; losses that couple a whole step, or of single answers, take none")
+            raise ConfigError(
+                f"got noise={self.noise:g}; losses that couple a whole step, or of single answers, take none"
+            )
         if kind is explored_losses:
             raise ConfigError(f"'{self.loss}' learns from samples made while it runs, which this stage does not make")
         if (kind in (unpaired_losses, valued_losses)) != (self.DATA[0] == "labelled"):
