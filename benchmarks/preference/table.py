@@ -96,7 +96,7 @@ PLANS = {
         losses=("dpo", "ipo", "simpo", "orpo", "kto", "tdpo2", "dpop", "reward_aware_po"),
         setting=Setting(lr=2e-4, epochs=1),
         rows=lambda seed: default_rows("rankings", 96),
-        held=lambda: best_and_another(default_rows("heldout_rankings", 48)),
+        held=lambda: best_and_another(default_rows("heldout_rankings", 32)),
         lora=Lora(rank=16, alpha=32),
         max_new_tokens=32,
         world=False,
