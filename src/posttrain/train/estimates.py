@@ -138,23 +138,29 @@ def rollout_metrics(
     return found
 
 
-def records(completions: Sequence[Completion], groups: Sequence[Group], batch: Batch) -> list[dict[str, Any]]:
-    """A line of ``samples.jsonl`` for each response."""
+def records(
+    completions: Sequence[Completion], groups: Sequence[Group], more: Sequence[Mapping[str, Any]] = ()
+) -> list[dict[str, Any]]:
+    """A line of ``samples.jsonl`` for each response, with ``more`` of each."""
     scores = [s for g in groups for s in g.scores]
     parts = [part for g in groups for part in g.parts]
-    kl: list[float | None] = [None] * len(completions)
-    if "ref_logp" in batch.tokens:
-        gap = batch.tokens["old_logp"] - batch.tokens["ref_logp"]
-        kl = segment_sum(gap, batch.forest.branch, len(completions)).tolist()
     return [
         {
             "prompt": c.example.prompt[-1].content,
             "completion": c.text,
             "reward": s,
-            "kl": k,
+            **m,
             "length": len(c.ids),
             "truncated": c.truncated,
             **({"parts": dict(p)} if p else {}),
         }
-        for c, s, k, p in zip(completions, scores, kl, parts, strict=True)
+        for c, s, p, m in zip(completions, scores, parts, more or [{}] * len(completions), strict=True)
     ]
+
+
+def divergences(batch: Batch, count: int) -> list[float | None]:
+    """``sum_t (old_logp - ref_logp)`` of each response, nats; None where there is no reference."""
+    if "ref_logp" not in batch.tokens:
+        return [None] * count
+    gap = batch.tokens["old_logp"] - batch.tokens["ref_logp"]
+    return segment_sum(gap, batch.forest.branch, count).tolist()

@@ -18,6 +18,7 @@ from posttrain.forest import Batch, Branch, Row
 from posttrain.losses import explored_losses, listwise_losses, unpaired_losses, valued_losses
 from posttrain.losses.games import win_rates
 from posttrain.rewards.base import Completion
+from posttrain.train.estimates import records
 from posttrain.train.rollout_plan import Group
 from posttrain.train.rollouts import RolloutSource
 from posttrain.train.sources import DataSource, response_source, with_mismatched
@@ -163,15 +164,5 @@ class OnlineSource(RolloutSource):
     def _records(
         self, completions: Sequence[Completion], groups: Sequence[Group], batch: Batch
     ) -> list[dict[str, Any]]:
-        """A line of ``samples.jsonl`` for each response."""
-        scores = [s for g in groups for s in g.scores]
-        return [
-            {
-                "prompt": c.example.prompt[-1].content,
-                "completion": c.text,
-                "reward": s,
-                "length": len(c.ids),
-                "truncated": c.truncated,
-            }
-            for c, s in zip(completions, scores, strict=True)
-        ]
+        """A line of ``samples.jsonl`` for each response; its KL is not measured."""
+        return records(completions, groups)

@@ -17,7 +17,7 @@ from posttrain.models.policy import Model, forward_stats
 from posttrain.ops.masked import masked_mean
 from posttrain.rewards.base import BadScore, Completion, Reward, Score, kept_score, read_score, require_finite
 from posttrain.rollout.engine import Engine, Request, Rollout, Sampling
-from posttrain.train.estimates import Advantage, estimate, group_forest, records, rollout_metrics, updates
+from posttrain.train.estimates import Advantage, divergences, estimate, group_forest, records, rollout_metrics, updates
 from posttrain.train.journal import Journal
 from posttrain.train.rollout_plan import Group, Plan
 from posttrain.train.signs import signs
@@ -376,4 +376,4 @@ class RolloutSource:
         self, completions: Sequence[Completion], groups: Sequence[Group], batch: Batch
     ) -> list[dict[str, Any]]:
         """A line of ``samples.jsonl`` for each response."""
-        return records(completions, groups, batch)
+        return records(completions, groups, [{"kl": kl} for kl in divergences(batch, len(completions))])

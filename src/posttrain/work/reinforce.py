@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +14,6 @@ from posttrain.losses.shaping import mismatch_weights
 from posttrain.models.load import load_policy, load_reward, new_reward, save_merged, value_role
 from posttrain.models.lora import Lora, save_adapter
 from posttrain.models.policy import Model
-from posttrain.rewards.base import Reward
-from posttrain.rewards.model import reward_model
 from posttrain.rollout.engine import Sampling
 from posttrain.rollout.local import LocalEngine
 from posttrain.stages import Context, Reinforce
@@ -29,7 +26,7 @@ from posttrain.train.policy_gradient import estimator, policy_gradient
 from posttrain.train.rollouts import Plan, RolloutSource
 from posttrain.work.inputs import choose_dtype, load_examples, refuse_weights, start_from
 from posttrain.work.online_merging import merged_steps
-from posttrain.work.rewarding import judge_dir, reward_of
+from posttrain.work.rewarding import judge_dir, reward_of, scored_by
 from posttrain.work.supervised import adapters, training_run
 
 
@@ -41,6 +38,11 @@ def run(stage: Reinforce, ctx: Context) -> None:
     reference = Model(policy.net) if policy.adapter else load_policy(start.path, dtype=dtype)
     judge = judge_dir(stage.reward, ctx)
     scorer = None if judge is None else load_reward(str(judge), dtype=dtype)
+    most = 2 * stage.max_tokens
+    if scorer is None or judge is None:
+        reward = reward_of(stage.reward, ctx, dtype=dtype, max_tokens=most)
+    else:  # the critic stands on this very network
+        reward = scored_by(scorer, judge, max_tokens=most)
     value = critic(stage, scorer, start.path, ctx, dtype) if "critic" in row.needs else None
     examples = load_examples(stage, ctx, "prompts")
     refuse_weights(examples, "reinforcement learning")
@@ -52,8 +54,7 @@ def run(stage: Reinforce, ctx: Context) -> None:
         examples=[examples[i] for i in report.index],
         prompt_ids=ids,
         engine=LocalEngine(policy, start.stop_ids, stage.slots),
-        reward=scored_by(scorer, judge, max_tokens=2 * stage.max_tokens)
-        or reward_of(stage.reward, ctx, dtype=dtype, max_tokens=2 * stage.max_tokens),
+        reward=reward,
         reference=reference,
         value=value,
         advantage=estimator(row, gamma=stage.gamma, lam=stage.lam),
@@ -86,14 +87,6 @@ def run(stage: Reinforce, ctx: Context) -> None:
         roles |= {"reference": reference} if "kl_to_other" in objective.reads["policy"] else {}
         fit(roles, objective, source, optim=optim, run=run, hooks=[watch])
     save(policy, stage, start.path, ctx.dir, start.tokenizer)
-
-
-def scored_by(scorer: Model | None, judge: Path | None, *, max_tokens: int) -> Reward | None:
-    """The reward of a model that is loaded, less the mean that it gave demonstrations; None without one."""
-    if scorer is None or judge is None:
-        return None
-    mean = json.loads((judge / "reward.json").read_text())["mean"]
-    return reward_model(scorer, mean=mean, max_tokens=max_tokens)
 
 
 def critic(stage: Reinforce, scorer: Model | None, start: str, ctx: Context, dtype: torch.dtype) -> Model:

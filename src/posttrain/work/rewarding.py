@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from posttrain.models.load import load_reward
+from posttrain.models.policy import Model
 from posttrain.registry import load_object
 from posttrain.rewards.base import Reward, from_function
 from posttrain.rewards.comparing import comparison_reward
@@ -34,9 +35,14 @@ def reward_of(reward: Stage | str, ctx: Context, *, dtype: torch.dtype, max_toke
     """The reward that a stage's field names; a reward model's scores are less the mean that it gave demonstrations."""
     place = judge_dir(reward, ctx)
     if place is not None:
-        mean = json.loads((place / "reward.json").read_text())["mean"]
-        return reward_model(load_reward(str(place), dtype=dtype), mean=mean, max_tokens=max_tokens)
+        return scored_by(load_reward(str(place), dtype=dtype), place, max_tokens=max_tokens)
     if reward in REWARDS:
         return REWARDS[str(reward)]()
     function: Any = load_object(str(reward))
     return comparison_reward(function) if compares(reward) else from_function(function, function.__name__)
+
+
+def scored_by(scorer: Model, judge: Path, *, max_tokens: int) -> Reward:
+    """The reward of a model that is loaded from a directory, less the mean that it gave demonstrations."""
+    mean = json.loads((judge / "reward.json").read_text())["mean"]
+    return reward_model(scorer, mean=mean, max_tokens=max_tokens)
