@@ -7,8 +7,9 @@ from posttrain.stages.base import Context, Overlong, Plan, Recipe, Stage, stage_
 from posttrain.stages.closing import Evaluate, EvaluatePreference, EvaluateReward, HeldOut, MeasurePreference, Merge
 from posttrain.stages.making import Generate, Label, Select
 from posttrain.stages.online import PreferOnline
+from posttrain.stages.reinforcing import Reinforce
 from posttrain.stages.scoring import TrainScorer
-from posttrain.stages.training import SFT, Prefer, PreferLabelled, Pretrain, Reinforce, Training, TrainReward
+from posttrain.stages.training import SFT, Prefer, PreferLabelled, Pretrain, Training, TrainReward
 
 __all__ = [
     "SFT",

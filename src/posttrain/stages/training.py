@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from posttrain.errors import ConfigError
 from posttrain.stages.base import PARAMETERS, TOKENS_A_ROW, History, Overlong, Plan, Stage
-from posttrain.train.algorithms import Algorithm, check_penalty, find_algorithm
 
 KEPT, KEPT_CHECKPOINTED = 1.05e6, 0.1e6
 """Bytes that the default model's layers keep of a token in bf16, and with their inputs alone kept."""
@@ -243,129 +242,3 @@ class PreferLabelled(Prefer):
     lr: float = 5e-7
     value_lr: float = 1e-4
     prompts_per_step: int = 32
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reinforce(Training):
-    """Policy gradients against a reward model; sizes are InstructGPT's (Ouyang et al. 2022, section 3.5 and appendix C.4).
-
-    ``algorithm`` is a row of `posttrain.train.algorithms`, ``options`` keyword arguments of its loss (``clip`` is one of
-    PPO's). ``penalty`` is where the KL to the start stands and which estimator of it, ``kl`` its coefficient; None: the
-    algorithm's own. ``reward`` is a `TrainReward` stage, the directory that one wrote, a name (`posttrain.rewards.named`) or
-    ``module:function`` of (prompt, answer). ``lr`` is the policy's and ``value_lr`` the critic's learning rate. The critic, where
-    the algorithm has one, starts as the reward model, or, where there is none, as the policy does with a head of zeros; with
-    ``value_rank`` 0 and adapters elsewhere only its head is trained. A response cut by length scores ``cut_score``, and
-    with ``mask_cut`` is no part of the loss; ``overlong_share`` is the last share of the length over which scores fall by
-    1. With ``rounds`` above 1, prompts whose responses all score the same are replaced by others. ``kl_target`` steers a
-    penalty in the reward to so many nats a sequence. ``mismatch`` is the weight of tokens where the sampler is not the
-    trainer (`posttrain.losses.shaping`). Where the KL of a rollout exceeds ``max_kl`` (nats a sequence) the stage stops,
-    says why, and keeps the last checkpoint below it. Writes the policy (an adapter for peft, or a model directory).
-    """
-
-    WORK: ClassVar[str] = "posttrain.work.reinforce:run"
-    FUNCTIONS: ClassVar[bool] = True
-    MERGED: ClassVar[bool] = True
-    DATA: ClassVar[tuple[str, ...]] = ("prompts",)
-    TINY: ClassVar[Mapping[str, Any]] = {
-        "model": "small", "data": "smallworld", "lora_rank": 8, "lr": 1e-3, "steps": 12, "prompts_per_step": 8, "samples_per_prompt": 2,
-        "updates_per_rollout": 1, "max_new_tokens": 32,
-    }  # fmt: skip
-    reward: Stage | str
-    algorithm: str = "ppo"
-    options: dict[str, float] = field(default_factory=dict[str, float])
-    penalty: str | None = None
-    lr: float = 9e-6
-    schedule: str = "constant"
-    warmup_steps: int = 10
-    value_lr: float = 9e-6
-    value_rank: int = 0
-    steps: int = 4000
-    prompts_per_step: int = 512
-    samples_per_prompt: int = 1
-    updates_per_rollout: int = 8
-    max_new_tokens: int = 128
-    temperature: float = 1.0
-    kl: float | None = None
-    kl_target: float | None = None
-    clip: float | None = None
-    value_clip: float = 0.2
-    gamma: float = 1.0
-    lam: float = 0.95
-    whiten_rewards: bool = False
-    cut_score: float | None = None
-    mask_cut: bool = False
-    overlong_share: float | None = None
-    rounds: int | None = None
-    mismatch: str | None = None
-    max_kl: float | None = None
-    slots: int = 32
-
-    def __post_init__(self) -> None:
-        """Refuse values that would fail late."""
-        super().__post_init__()
-        if self.prompts_per_step % self.updates_per_rollout or self.steps % self.updates_per_rollout:
-            raise ConfigError(
-                f"got updates_per_rollout={self.updates_per_rollout} with prompts_per_step={self.prompts_per_step} and "
-                f"steps={self.steps}; expected it to divide both"
-            )
-        row, samples = self.row(), self.samples_per_prompt
-        if ("groups" in row.needs and samples < 2) or ("pairs" in row.needs and samples != 2):
-            wanted = "2" if "pairs" in row.needs else "at least 2"
-            raise ConfigError(
-                f"{self.algorithm} compares the responses to one prompt: got samples_per_prompt={samples}, expected {wanted}"
-            )
-        if self.kl_target is not None and not row.penalty.startswith("reward"):
-            raise ConfigError(
-                f"got kl_target={self.kl_target:g}, which moves a penalty in the reward; {self.algorithm} has '{row.penalty}'"
-            )
-
-    def row(self) -> Algorithm:
-        """The algorithm with what this stage changes of it: penalty, its coefficient, options of the loss.
-
-        Raises:
-            ConfigError: a penalty that can't be, or a coefficient without a penalty.
-        """
-        row = find_algorithm(self.algorithm)
-        penalty = row.penalty if self.penalty is None else self.penalty
-        check_penalty(penalty)
-        if penalty == "none" and self.kl:
-            raise ConfigError(
-                f"got kl={self.kl:g} but {self.algorithm} has no KL penalty; give one, such as penalty='loss:k2', or kl 0"
-            )
-        numbers = {"kl": 0.0, "rounds": 1, "overlong_share": 0.0, **row.numbers}
-        numbers |= {k: v for k in ("kl", "rounds", "overlong_share") if (v := getattr(self, k)) is not None}
-        options = {**row.options, **self.options} | ({} if self.clip is None else {"clip": self.clip})
-        return replace(row, penalty=penalty, numbers=numbers, options=options)
-
-    def check(self) -> None:
-        """Also refuse what the algorithm's loss or advantage does not read, or the reward can't give."""
-        from posttrain.losses.advantages import advantages
-        from posttrain.losses.policy import policy_losses
-        from posttrain.losses.shaping import mismatch_weights
-        from posttrain.registry import keyword_defaults
-
-        row = self.row()
-        policy_losses.bound(row.loss, row.options)
-        if self.mismatch is not None:
-            mismatch_weights.bound(self.mismatch, {})
-        known = keyword_defaults(advantages[row.advantage])
-        for name, usual in (("gamma", 1.0), ("lam", 0.95)):
-            if getattr(self, name) != usual and name not in known and "critic" not in row.needs:
-                raise ConfigError(
-                    f"{self.algorithm} has no {name}: its advantage is '{row.advantage}'; leave it at {usual}"
-                )
-        if "steps" in row.needs:
-            raise ConfigError(
-                f"{self.algorithm} reads scores of steps of reasoning, which a reward model of whole responses does not give; "
-                "use posttrain.train.rollouts.RolloutSource with a reward that does, or another algorithm"
-            )
-        super().check()
-
-    def plan(self) -> Plan:
-        """Sampling, three forward passes and training for every response."""
-        rollouts = self.steps // self.updates_per_rollout
-        samples = rollouts * self.prompts_per_step * self.samples_per_prompt
-        tokens = int(samples * (50 / self.samples_per_prompt + 0.7 * self.max_new_tokens))
-        critic = 2.0 if self.lora_rank and not self.value_rank else 4.4
-        flops = self.step_flops(tokens) + (2 * 3 + critic) * PARAMETERS * tokens
-        return Plan(rows=samples, tokens=tokens, flops=flops, memory=2 * self.weights() + self.working())
