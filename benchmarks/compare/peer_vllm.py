@@ -31,7 +31,7 @@ def main() -> None:
 
     def generate(prompts: list[list[int]], tokens: int) -> list[list[int]]:
         heat = 0.0 if job["greedy"] else 1.0
-        how = vllm.SamplingParams(temperature=heat, max_tokens=tokens, min_tokens=tokens, ignore_eos=True, seed=1)
+        how = vllm.SamplingParams(temperature=heat, max_tokens=tokens, ignore_eos=True, seed=1)
         inputs = [vllm.TokensPrompt(prompt_token_ids=ids) for ids in prompts]
         return [list(out.outputs[0].token_ids) for out in engine.generate(inputs, how, use_tqdm=False)]
 
