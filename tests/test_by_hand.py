@@ -14,8 +14,7 @@ import torch
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from by_hand_example import loaded, packages
-from posttrain.forest import Batch
+from by_hand_example import Recorded, loaded, packages, rows_of
 from posttrain.losses.policy import ppo_clip
 from posttrain.models.attention import NAME
 from posttrain.models.policy import Model
@@ -68,37 +67,6 @@ def nets():
 def score(completions):
     """Distinct scores of either sign, exact in binary."""
     return [Score(len(c.ids) / 4 - (sum(c.ids) % 16) / 8) for c in completions]
-
-
-class Recorded:
-    """A source that also keeps every batch it hands out."""
-
-    def __init__(self, source: RolloutSource) -> None:
-        self.source, self.batches = source, []
-
-    def __call__(self, step: int) -> Batch:
-        self.batches.append(self.source(step))
-        return self.batches[-1]
-
-    def __getattr__(self, name: str):
-        return getattr(self.source, name)
-
-
-def rows_of(module, batches: list[Batch]):
-    """Prompts, responses and scores of batches as padded rows; nothing the library computed from them."""
-    pairs = []
-    for batch in batches:
-        ids = batch.forest.ids.tolist()
-        for tree in batch.forest.trees:
-            pairs += [(ids[slice(*tree.prompt)], ids[slice(*branch)]) for branch in tree.branches]
-    wide, long = max(len(p) for p, _ in pairs), max(len(r) for _, r in pairs)
-    return module.Rows(
-        prompt=torch.tensor([[0] * (wide - len(p)) + p for p, _ in pairs]),
-        prompt_mask=torch.tensor([[False] * (wide - len(p)) + [True] * len(p) for p, _ in pairs]),
-        response=torch.tensor([r + [0] * (long - len(r)) for _, r in pairs]),
-        mask=torch.tensor([[True] * len(r) + [False] * (long - len(r)) for _, r in pairs]),
-        score=torch.cat([b.branches["reward"] for b in batches]).double(),
-    )
 
 
 def library_run(nets, directory: Path, steps: int, updates: int, max_tokens: int):
