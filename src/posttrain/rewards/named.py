@@ -66,6 +66,14 @@ def math_check(completion: str, target: dict[str, object] | None) -> float | Non
     return mathematics(Target(kind=kind, answer=answer), completion) if kind in ("number", "text") else None
 
 
+@REWARDS.register("reasoning_gym")
+def reasoning_gym() -> Reward:
+    """The checker of the prompt's own task of reasoning-gym, 0 to 1, under a deadline of ten seconds a response."""
+    from posttrain.rewards import reasoning
+
+    return reasoning.reasoning_gym()
+
+
 @REWARDS.register("code")
 def code() -> Reward:
     """1 where a program passes all tests of its target, in a sandbox."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -15,11 +14,12 @@ import torch
 from posttrain.data import ReadReport, read, resolve_data, stop_ids
 from posttrain.errors import ConfigError, DataError, suggest
 from posttrain.machine import fast_bf16
-from posttrain.models.load import cache_dir, find_model, load_generation_config, load_tokenizer, model_files
+from posttrain.models.load import find_model, load_generation_config, load_tokenizer, model_files
 from posttrain.registry import load_object
 from posttrain.rewards.named import REWARDS
 from posttrain.stages import Context, Stage, stage_model
 from posttrain.types import Example
+from posttrain.work.generated import DATA
 
 _OF_LABELS = {
     "demonstrations": "keep the rows to imitate (label true) without the column 'label' or 'score'",
@@ -101,26 +101,16 @@ def choose_dtype(name: str, path: str) -> torch.dtype:
 
 
 def data_files(name: str, model: str | None) -> dict[str, Path]:
-    """Files of a data set by name.
+    """Files of a data set by name: one of `posttrain.work.generated`, a path, or the directory of a stage which made data.
 
-    ``smallworld:N`` is generated, with N demonstrations; ``default`` becomes the small world's where the shipped small
-    model stands in, which could not read anything else. A directory may be that of a stage which made data.
+    ``default`` becomes the small world's where the shipped small model stands in, which could not read anything else.
     """
     if name == "default" and model is not None and "small-" in Path(find_model(model).path).name:
         name = "smallworld"
-    if name.partition(":")[0] != "smallworld":
-        return made_files(Path(name)) or resolve_data(name)
-    from posttrain.data import smallworld
-
-    count = int(size) if (size := name.partition(":")[2]) else 96
-    directory = cache_dir() / f"smallworld-1-{count}"
-    if not (directory / "heldout_prompts.jsonl").exists():
-        partial = directory.with_name(f"{directory.name}.{os.getpid()}.tmp")
-        partial.mkdir(parents=True)
-        smallworld.write(partial, n_demonstrations=count)
-        if not directory.exists():
-            partial.rename(directory)
-    return resolve_data(str(directory))
+    kind, _, more = name.partition(":")
+    if kind in DATA and not Path(name).exists():
+        return DATA[kind](more)
+    return made_files(Path(name)) or resolve_data(name)
 
 
 def load_examples(stage: Any, ctx: Context, part: str) -> list[Example]:
