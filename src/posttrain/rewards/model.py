@@ -59,8 +59,8 @@ def group_rows(completions: Sequence[Completion]) -> tuple[list[Row], list[tuple
     return [Row(ids, members[ids]) for ids in order], places
 
 
-def reward_model(model: Model, *, mean: float = 0.0, max_tokens: int = 1024) -> Reward:
-    """A reward that scores with a model of the policy's own tokenizer; ``mean`` is subtracted.
+def reward_model(model: Model, *, mean: float = 0.0, temperature: float = 1.0, max_tokens: int = 1024) -> Reward:
+    """A reward that scores with a model of the policy's own tokenizer; ``mean`` is subtracted, then divided by ``temperature``.
 
     ``mean`` is the model's average score of demonstrations, so that those average 0 (Ouyang et al. 2022, section 3.5).
     """
@@ -68,6 +68,6 @@ def reward_model(model: Model, *, mean: float = 0.0, max_tokens: int = 1024) -> 
     def reward(completions: Sequence[Completion]) -> list[Score]:
         rows, places = group_rows(completions)
         scores = score_rows(model, rows, max_tokens=max_tokens)
-        return [Score(scores[r][b] - mean) for r, b in places]
+        return [Score((scores[r][b] - mean) / temperature) for r, b in places]
 
     return reward
