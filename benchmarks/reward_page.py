@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from benchmarks import reward_real_page, reward_trust_page
 
 from posttrain.evals.statistics import cluster_bootstrap
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "reward_kinds.jsonl"
 PAGE = ROOT / "docs" / "results" / "reward-models.md"
-OTHER = {"reward-trust.md": "Ensembles, length, calibration, and models on public pairs"}
-"""Pages about the same models that another generator writes, linked where they are."""
 
 INTRO = """# Reward models: what was shown
 
-Made by `python -m benchmarks.reward_page` from `benchmarks/results/reward_kinds.jsonl`; sizes, seeds and what was expected were
-written down before, in `benchmarks/reward_kinds/PLAN.md`. All on the small world with the shipped small model; intervals are
-95 %, by bootstrap over prompts of all seeds. Seconds are of one processor.
+Made by `python -m benchmarks.reward_page` from `benchmarks/results/reward_kinds.jsonl`, `reward_trust.jsonl` and
+`reward_real.jsonl`. What is run on the small world, its sizes and seeds, and what was expected were written down before the
+seeds that are reported: [kinds](../../benchmarks/reward_kinds/PLAN.md), [trust](../../benchmarks/reward_trust.md). There the model
+is the shipped small one (1.8M parameters). Intervals are 95 %, by bootstrap over prompts of all seeds. Seconds are of one processor.
 """
 
 Row = Mapping[str, Any]
@@ -30,13 +30,19 @@ NOT = "**Not shown at this scale.**"
 
 def main() -> None:
     """Write the page from what has been run."""
-    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    rows, trust, real = (
+        read(RESULTS.with_name(f"{name}.jsonl")) for name in ("reward_kinds", "reward_trust", "reward_real")
+    )
     parts = [INTRO, *(s for section in SECTIONS if (s := section(rows)))]
-    links = [f"- [{title}]({name})" for name, title in OTHER.items() if (PAGE.parent / name).exists()]
-    parts += ["\n".join(["## More", "", *links, ""])] if links else []
+    parts += [*reward_trust_page.sections(trust), *reward_real_page.sections(real)]
     PAGE.parent.mkdir(parents=True, exist_ok=True)
-    PAGE.write_text("\n".join(parts))
-    print(f"wrote {PAGE.relative_to(ROOT)} from {len(rows)} runs")
+    PAGE.write_text("\n".join(parts).rstrip() + "\n")
+    print(f"wrote {PAGE.relative_to(ROOT)} from {len(rows) + len(trust) + len(real)} runs")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a results file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def interval(values: Sequence[Sequence[float]], clusters: Sequence[Sequence[int]]) -> tuple[float, float, float]:

@@ -1,40 +1,19 @@
-"""Write ``docs/results/reward-trust.md`` and its pictures from the raw results: ``python -m benchmarks.reward_trust_page``."""
+"""What was measured of trust in reward models, as sections of ``docs/results/reward-models.md`` (`benchmarks.reward_page`)."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from posttrain.evals.grids import Grid
-from posttrain.evals.reward_page import reward_model_grids
-from posttrain.evals.reward_plots import calibration_png, curves_png, styles_png
+from posttrain.evals.reward_plots import curves_png
 
-ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results"
-PAGE = ROOT / "docs" / "results" / "reward-trust.md"
-IMAGES = ROOT / "docs" / "images"
-INTRO = """# Trust in reward models: what was shown
-
-Made by `python -m benchmarks.reward_trust_page` from `benchmarks/results/reward_trust.jsonl` and `reward_real.jsonl`. What is
-measured and what was expected was written down before: `benchmarks/reward_trust.md`.
-"""
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
 
 
-def main() -> None:
-    """Write the page."""
-    rows = read(RESULTS / "reward_trust.jsonl")
-    parts = [INTRO, *overoptimisation([r for r in rows if r["proof"] == "overoptimisation"])]
-    parts += length([r for r in rows if r["proof"] == "length"])
-    parts += real(read(RESULTS / "reward_real.jsonl"))
-    PAGE.parent.mkdir(parents=True, exist_ok=True)
-    PAGE.write_text("\n".join(parts).rstrip() + "\n")
-    print(f"wrote {PAGE.relative_to(ROOT)} from {len(rows)} runs")
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a results file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def sections(rows: list[dict[str, Any]]) -> list[str]:
+    """All that has been run."""
+    of = lambda proof: [r for r in rows if r["proof"] == proof]  # noqa: E731
+    return [*overoptimisation(of("overoptimisation")), *length(of("length"))]
 
 
 def overoptimisation(rows: list[dict[str, Any]]) -> list[str]:
@@ -95,38 +74,3 @@ def length(rows: list[dict[str, Any]]) -> list[str]:
 def shown(whether: bool) -> str:
     """The verdict in words."""
     return "Shown." if whether else "Not shown at this scale."
-
-
-def real(rows: list[dict[str, Any]]) -> list[str]:
-    """The newest run on public data, table by table."""
-    if not rows:
-        return []
-    row = rows[-1]
-    spent = row["train"], row["evaluate"]
-    lines = ["## SmolLM2 on public data\n", "    POSTTRAIN_REAL_DATA=FOLDER python -m benchmarks.reward_real\n"]
-    lines.append(
-        f"SmolLM2-135M-Instruct, dequantised Q4_1; {row['train']['pairs']} pairs, one epoch, adapters of rank 16, seed {row['seed']}; "
-        f"training {spent[0]['seconds']:.0f} s, evaluation {spent[1]['seconds']:.0f} s on {row['train']['threads']} threads. "
-        "What was trained, and which rows were measured, stands in `benchmarks/reward_real.py`.\n"
-    )
-    for grid in reward_model_grids(row["results"]):
-        lines += markdown(grid)
-    IMAGES.mkdir(exist_ok=True)
-    models = row["results"]["models"]
-    for name, png in (("calibration", calibration_png(models)), ("styles", styles_png(models))):
-        if png:
-            (IMAGES / f"reward-trust-{name}.png").write_bytes(png)
-            lines += [f"![{name}](../images/reward-trust-{name}.png)", ""]
-    return [*lines, *(f"- {note}" for note in row["results"]["notes"]), ""]
-
-
-def markdown(grid: Grid) -> list[str]:
-    """A grid as Markdown."""
-    flat = lambda cell: cell.replace("\n", " ").replace("|", "\\|")  # noqa: E731
-    lines = [f"**{grid.title}**\n", "| " + " | ".join(map(flat, grid.header)) + " |", "|" + "---|" * len(grid.header)]
-    lines += ["| " + " | ".join(map(flat, row)) + " |" for row in grid.rows]
-    return [*lines, "", *(f"{note}\n" for note in grid.notes)]
-
-
-if __name__ == "__main__":
-    main()
