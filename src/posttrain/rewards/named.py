@@ -74,6 +74,22 @@ def reasoning_gym() -> Reward:
     return reasoning.reasoning_gym()
 
 
+@REWARDS.register("accuracy")
+def accuracy() -> Reward:
+    """1 where what stands in the last ``<answer>`` tag is right, by the prompt's target or its task of reasoning-gym."""
+    from posttrain.rewards import tagged
+
+    return tagged.accuracy()
+
+
+@REWARDS.register("thought")
+def thought() -> Reward:
+    """The same plus 1 for the form ``<think>...</think><answer>...</answer>`` (DeepSeek-R1); both are logged."""
+    from posttrain.rewards import tagged
+
+    return tagged.thought()
+
+
 @REWARDS.register("code")
 def code() -> Reward:
     """1 where a program passes all tests of its target, in a sandbox."""

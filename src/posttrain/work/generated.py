@@ -36,6 +36,24 @@ def smallworld(size: str) -> dict[str, Path]:
     return kept(f"smallworld-1-{count}", lambda folder: world.write(folder, n_demonstrations=count))
 
 
+@DATA.register("sums")
+def sums(size: str) -> dict[str, Path]:
+    """Sums in the small world's words with worked thoughts and checked answers, ``sums:N`` with N of each (200)."""
+    from posttrain.data import smallworld_sums as world
+
+    count = int(size) if size else 200
+    return kept(f"sums-1-{count}", lambda folder: world.write(folder, count))
+
+
+@DATA.register("smallworld-safety")
+def smallworld_safety(size: str) -> dict[str, Path]:
+    """The small world's requests, half of them harmful, judged for help and for harm, ``smallworld-safety:N`` with N comparisons."""
+    from posttrain.data import smallworld_safety as world
+
+    count = int(size) if size else 384
+    return kept(f"safety-1-{count}", lambda folder: world.write(folder, n_comparisons=count))
+
+
 @DATA.register("reasoning_gym")
 def reasoning_gym(task: str) -> dict[str, Path]:
     """Prompts of a task of reasoning-gym, ``reasoning_gym:TASK,FIELD=VALUE,...`` (size, seed, and its difficulty)."""
