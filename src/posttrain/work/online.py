@@ -52,7 +52,7 @@ def run(stage: PreferOnline, ctx: Context) -> None:
         examples=[examples[i] for i in report.index],
         prompt_ids=ids,
         engine=engine(stage, objective, policy, reference, start),
-        reward=reward_of(stage.reward, ctx, dtype=dtype, max_tokens=2 * stage.max_tokens),
+        reward=reward_of(stage.reward, ctx, dtype=dtype, max_tokens=2 * stage.max_tokens, tokenizer=start.tokenizer),
         reference=reference,
         value=None,
         policy=policy,

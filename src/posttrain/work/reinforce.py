@@ -11,7 +11,7 @@ import torch
 
 from posttrain.data.collate import prompt_ids
 from posttrain.losses.shaping import mismatch_weights
-from posttrain.models.load import load_policy, load_reward, new_reward, save_merged, value_role
+from posttrain.models.load import load_policy, new_reward, save_merged, value_role
 from posttrain.models.lora import Lora, save_adapter
 from posttrain.models.policy import Model
 from posttrain.rollout.engine import Sampling
@@ -26,7 +26,7 @@ from posttrain.train.policy_gradient import estimator, policy_gradient
 from posttrain.train.rollouts import Plan, RolloutSource
 from posttrain.work.inputs import choose_dtype, load_examples, refuse_weights, start_from
 from posttrain.work.online_merging import merged_steps
-from posttrain.work.rewarding import judge_dir, reward_of, scored_by
+from posttrain.work.rewarding import judge_dir, network_of, reads_ids, reward_of, scored_by
 from posttrain.work.supervised import adapters, training_run
 
 
@@ -37,10 +37,10 @@ def run(stage: Reinforce, ctx: Context) -> None:
     policy = load_policy(start.path, dtype=dtype, lora=adapters(stage), train=True, seed=ctx.seed)
     reference = Model(policy.net) if policy.adapter else load_policy(start.path, dtype=dtype)
     judge = judge_dir(stage.reward, ctx)
-    scorer = None if judge is None else load_reward(str(judge), dtype=dtype)
+    scorer = None if judge is None else network_of(judge, start.tokenizer, dtype)
     most = 2 * stage.max_tokens
-    if scorer is None or judge is None:
-        reward = reward_of(stage.reward, ctx, dtype=dtype, max_tokens=most)
+    if scorer is None or judge is None or not reads_ids(judge, start.tokenizer):
+        reward = reward_of(stage.reward, ctx, dtype=dtype, max_tokens=most, tokenizer=start.tokenizer)
     else:  # the critic stands on this very network
         reward = scored_by(scorer, judge, max_tokens=most)
     value = critic(stage, scorer, start.path, ctx, dtype) if "critic" in row.needs else None
@@ -92,8 +92,8 @@ def run(stage: Reinforce, ctx: Context) -> None:
 def critic(stage: Reinforce, scorer: Model | None, start: str, ctx: Context, dtype: torch.dtype) -> Model:
     """The value role on the reward model's network, which keeps scoring with its adapter off.
 
-    A critic trained as a whole gets a network of its own. Where the reward is no model, the critic begins as the policy's
-    start with a head of zeros.
+    A critic trained as a whole gets a network of its own. Where the reward is no model, or one that reads other tokens, the
+    critic begins as the policy's start with a head of zeros.
     """
     judge = judge_dir(stage.reward, ctx)
     if scorer is None or judge is None:
@@ -102,7 +102,8 @@ def critic(stage: Reinforce, scorer: Model | None, start: str, ctx: Context, dty
         if base.scalar is not None:
             torch.nn.init.zeros_(base.scalar.weight)
     else:
-        base = scorer if stage.lora_rank else load_reward(str(judge), dtype=dtype)
+        base = scorer if stage.lora_rank else network_of(judge, None, dtype)
+        assert base is not None
     if stage.lora_rank and not stage.value_rank:
         return value_role(base, lora=None, seed=ctx.seed, head_only=True)
     lora = Lora(rank=stage.value_rank, alpha=2 * stage.value_rank) if stage.lora_rank else None
