@@ -230,3 +230,43 @@ def split(batch: Batch, max_tokens: int, whole_groups: bool) -> list[Batch]:
                 parts.append([(tree, members)])
                 size = prompt + cost
     return [take(batch, part) for part in parts]
+
+
+def join(one: Batch, two: Batch) -> Batch:
+    """Both in one step, the trees of ``one`` first; where one has no such mask or column, it is false or 0.
+
+    Raises:
+        DataError: both count one unit, so that neither's losses could be divided by it.
+    """
+    if shared := sorted(one.counts.keys() & two.counts.keys()):
+        raise DataError(f"two batches both count {', '.join(shared)}; give the second's terms units of their own")
+    a, b = one.forest, two.forest
+    n, m = len(a.ids), len(a.end)
+    moved = [
+        Tree((t.prompt[0] + n, t.prompt[1] + n), tuple((start + n, end + n) for start, end in t.branches))
+        for t in b.trees
+    ]
+    forest = Forest(
+        ids=torch.cat([a.ids, b.ids]),
+        positions=torch.cat([a.positions, b.positions]),
+        trees=(*a.trees, *moved),
+        source=torch.cat([a.source, b.source + n]),
+        target=torch.cat([a.target, b.target]),
+        branch=torch.cat([a.branch, b.branch + m]),
+        masks=_columns(a.masks, b.masks, len(a.target), len(b.target)),
+        end=torch.cat([a.end, b.end + n]),
+        group=torch.cat([a.group, b.group + len(a.trees)]),
+        truncated=torch.cat([a.truncated, b.truncated]),
+    )
+    tokens = _columns(one.tokens, two.tokens, len(a.target), len(b.target))
+    return Batch(forest, tokens, _columns(one.branches, two.branches, m, len(b.end)), one.counts | two.counts)
+
+
+def _columns(one: Mapping[str, Tensor], two: Mapping[str, Tensor], first: int, second: int) -> dict[str, Tensor]:
+    """Columns of both, of ``first`` and ``second`` entries, one after the other; 0 where one has none."""
+    out: dict[str, Tensor] = {}
+    for name in [*one, *(k for k in two if k not in one)]:
+        like = one[name] if name in one else two[name]
+        parts = [x[name] if name in x else like.new_zeros(k, *like.shape[1:]) for x, k in ((one, first), (two, second))]
+        out[name] = torch.cat(parts)
+    return out

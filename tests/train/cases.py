@@ -64,6 +64,8 @@ def make(name: str, seed: int = 0):
     if any("other" in stat for wanted in objective.reads.values() for stat in wanted):
         models["reference"] = role(7, trained=False)
     forest = build_forest(random_rows(seed + 1, SHAPE, objective.mask))
+    for k, part in enumerate(parts := facts.get("masks", ())):  # of whole responses, as samples and text are
+        forest.masks[part] = forest.masks[objective.mask] & (forest.branch % len(parts) == k)
     g = torch.Generator().manual_seed(seed + 9)
     noise = lambda: torch.randn(len(forest.target), generator=g, dtype=torch.float64)  # noqa: E731
     stats = {}
@@ -77,6 +79,8 @@ def make(name: str, seed: int = 0):
         "cost_return": noise,
         "old_value": lambda: stats["value"] + 0.3 * noise(),
         "advantage": noise,
+        "ptx": lambda: torch.rand(len(forest.target), generator=g, dtype=torch.float64),
+        "critic_only": lambda: torch.ones(len(forest.target), dtype=torch.bool),
         "return": noise,
         "ref_entropy": lambda: torch.rand(len(forest.target), generator=g, dtype=torch.float64),
         "written": lambda: torch.rand(len(forest.target), generator=g) < 0.8,
@@ -100,6 +104,7 @@ def make(name: str, seed: int = 0):
     assert not unknown, f"objective '{kind}' has columns {unknown} that tests/train/cases.py can't make: add them there"
     mask = forest.masks[objective.mask] if objective.mask else torch.ones(len(forest.target), dtype=torch.bool)
     counts = {"tokens": float(mask.sum()), "branches": float(len(forest.end)), "prompts": 4.0, "pairs": 9.0}
+    counts |= {f"{part}_tokens": float(forest.masks[part].sum()) for part in parts}
     made = {c: branches[c]() for c in facts["columns"] if c in branches}
     if "label" in made:
         counts |= label_counts(made["label"], made["matched"], made["weight"])

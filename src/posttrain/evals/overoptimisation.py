@@ -134,3 +134,36 @@ def _least_squares(columns: Array, y: Array) -> tuple[float, float]:
 
 def _miss(fitted: Array, y: Array) -> float:
     return float(np.sqrt(np.mean((fitted - y) ** 2)))
+
+
+WINDOW, UP, DOWN = 20, 3.0, -4.0
+"""Measurements that `parted` looks at, and its limits on the trend of the proxy and of gold, in standard deviations."""
+
+
+def trend(values: Sequence[float]) -> float:
+    """Mann-Kendall's z: how many more pairs rise than fall, over its deviation where the order is chance; 0 of fewer than 3.
+
+    ``S = sum_{i<j} sign(x_j - x_i)``, ``var S = n (n - 1) (2 n + 5) / 18``, ``z = S / sqrt(var S)``; ties count nothing, so that
+    z errs towards 0. Only the order counts: neither outliers nor the scale of a reward matter.
+
+    Source: Mann 1945; Kendall 1975, without the correction for continuity.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    n = len(x)
+    if n < 3:
+        return 0.0
+    rises = np.sign(x[None, :] - x[:, None])[np.triu_indices(n, 1)].sum()
+    return float(rises / math.sqrt(n * (n - 1) * (2 * n + 5) / 18))
+
+
+def parted(proxy: Sequence[float], gold: Sequence[float], window: int = WINDOW) -> bool:
+    """Whether proxy and gold have parted: over the newest ``window`` measurements the proxy rises and gold falls.
+
+    The rule: `trend` of the proxy above 3 and that of gold below -4. Fewer measurements than the window say nothing. Where gold
+    is flat, which is the worst that honest learning does while its proxy still rises, chance alone falls below -4 in about 3 of
+    100,000 windows; where gold rises with the proxy, hardly ever. What is found is a fall that goes on for the window and is
+    about five deviations of a measurement deep.
+    """
+    if len(gold) < window:
+        return False
+    return trend(proxy[-window:]) > UP and trend(gold[-window:]) < DOWN

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from posttrain.errors import ConfigError, DataError
+from posttrain.evals.overoptimisation import fit_reinforcement_law
 
 # Metric, or prefix ending in "/" whose metrics share a panel, to the panel's title.
 PANELS = {
@@ -23,6 +24,7 @@ PANELS = {
     "loss/policy": "policy loss",
     "loss/value": "value loss",
     "reward/": "reward",
+    "gold/reward": "gold reward (not trained on)",
     "kl/": "KL (nats a sequence)",
     "length/": "length (tokens)",
     "truncated/": "truncated (share)",
@@ -154,6 +156,39 @@ def trade(rows: Sequence[Mapping[str, Any]]) -> Curve | None:
     """Return reward against KL over training, ``[S]`` each, where a row has both."""
     lines = series([row for row in rows if all(_is_number(row.get(key)) for key in _TRADE)])
     return (lines[_TRADE[0]][1], lines[_TRADE[1]][1]) if _TRADE[0] in lines else None
+
+
+def gold_png(rows: Sequence[Mapping[str, Any]]) -> bytes | None:
+    """Draw proxy and gold against sqrt(KL to the start), joined in the order of training; None of fewer than two measurements.
+
+    Each has its own axis, for a proxy's scale is not gold's. Dashed: Gao's law of gold, where four measurements or more fit it.
+    """
+    keys = ("kl/mean", "reward/mean", "gold/reward")
+    lines = series([row for row in rows if all(_is_number(row.get(key)) for key in keys)])
+    if "gold/reward" not in lines or len(lines["gold/reward"][0]) < 2:
+        return None
+    kl, proxy, gold = (lines[key][1] for key in keys)
+    distance = np.sqrt(np.maximum(kl, 0.0))  # an estimate of a KL near 0 may be below it
+    figure = Figure(figsize=(6.0, 3.8), dpi=100)
+    FigureCanvasAgg(figure)
+    left = figure.add_axes((0.11, 0.14, 0.77, 0.74))
+    right = left.twinx()
+    for axes, values, colour, name in ((left, proxy, _COLOURS[0], "proxy"), (right, gold, _COLOURS[1], "gold")):
+        axes.plot(distance, values, color=colour, alpha=0.3, linewidth=0.8)
+        axes.scatter(distance, values, color=colour, s=9)
+        axes.set_ylabel(name, color=colour, fontsize=9)
+    if (distance > 0).sum() >= 4:
+        law = fit_reinforcement_law(distance**2, gold - gold[0])
+        fine = np.linspace(distance[distance > 0].min(), distance.max(), 80)
+        fitted = gold[0] + fine * (law.alpha - law.beta * np.log(fine))
+        right.plot(fine, fitted, "--", color=_COLOURS[1], linewidth=1.2)
+    _frame(left, "proxy and gold (dashed: fitted law)", "sqrt(KL to the start, nats a sequence)")
+    left.spines["right"].set_visible(True)
+    right.tick_params(labelsize=7)
+    right.spines["top"].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def _panels(lines: Mapping[str, Curve]) -> dict[str, list[str]]:

@@ -103,7 +103,9 @@ def _reference_check(policy: Model, reference: Model | None, part: Batch, mask: 
 
 def _value_check(objective: Objective, stats: Mapping[str, Any], part: Batch) -> Check:
     """The objective where the policy is the one that sampled: its value there is computed with ``old_logp`` itself."""
-    known = {**stats, "policy": {**stats["policy"], "logp": part.tokens["old_logp"].to(stats["policy"]["logp"].dtype)}}
+    now, old = stats["policy"]["logp"], part.tokens["old_logp"]
+    sampled = part.forest.masks.get("sampled", torch.ones_like(old, dtype=torch.bool))
+    known = {**stats, "policy": {**stats["policy"], "logp": torch.where(sampled, old.to(now.dtype), now)}}
     value, expected = (float(total(objective(s, part), part.counts)) for s in (stats, known))
     limit = 1e-3 + 2 * getattr(objective, "ratio_tolerance", 0.0) + 0.05 * abs(expected)
     return Check(

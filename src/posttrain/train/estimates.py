@@ -13,6 +13,7 @@ from posttrain.forest import Batch, Branch, Forest, Row, build_forest, take
 from posttrain.losses.advantages import Returns, gae, token_reward, whitened_gae
 from posttrain.ops.masked import masked_mean, segment_sum, to_padded, whiten
 from posttrain.rewards.base import Completion
+from posttrain.rewards.gold import GOLD, gold_metrics
 from posttrain.train.rollout_plan import Group, Plan
 
 Advantage = Callable[[Returns], Tensor]
@@ -122,7 +123,8 @@ def rollout_metrics(
         "abstained/share": sum(s is None for s in scores) / len(scores),
     }
     parts = [part for g in groups for part in g.parts]
-    for name in sorted({name for part in parts for name in part}):
+    found |= gold_metrics(parts)
+    for name in sorted({name for part in parts for name in part} - {GOLD}):
         values = [part[name] for part in parts if name in part]
         found[f"reward/part/{name}"] = sum(values) / len(values)
     if "ref_logp" in tokens:

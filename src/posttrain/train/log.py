@@ -51,6 +51,7 @@ METRICS = Metrics(
         "loss/kl": Metric("nats a token", "mean of the estimated KL to the reference, aggregated as loss/policy is"),
         "loss/value": Metric("reward^2", "mean over sampled tokens of the clipped value loss"),
         "loss/cost_value": Metric("cost^2", "the same as loss/value of the cost's critic"),
+        "loss/ptx": Metric("nats a token", "-mean log pi(y_t), by weight, over tokens of the text that the policy keeps"),
         "loss/attributes": Metric(
             "rating^2", "mean over prompts of their responses' mean squared error over rated attributes"
         ),
@@ -83,6 +84,8 @@ METRICS = Metrics(
         "logratio/bad": Metric("nats a response", "the same over responses labelled bad"),
         "logratio/mismatched": Metric("nats a response", "the same over responses to other prompts"),
         "reward/mean": Metric("reward", "mean over sampled responses of the reward before the KL penalty"),
+        "gold/reward": Metric("reward", "mean over sampled responses of a reward that nothing is trained on"),
+        "gold/known": Metric("share", "sampled responses that this reward gave a finite score"),
         "cost/mean": Metric("cost", "mean over sampled responses of the cost"),
         "cost/recent": Metric("cost", "the same over the newest responses, which move the multiplier"),
         "cost/over": Metric("share", "sampled responses whose cost is over the limit"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -132,14 +132,14 @@ def _update(guard: Guard, optim: Optim, run: Run, step: int, batch: Batch, *, fi
         first_step(models, objective, source, batch, guard.stats_of, run, step)
     share = world().share(batch)
     parts = split(share.batch, run.max_tokens, objective.whole_groups) if share.batch else []
+    factor = schedule_factor(optim, step, run.steps)
     terms, finding = dict[str, float](), None
     try:
-        terms = _accumulate(models, objective, batch, parts, step, share)
+        terms = _accumulate(models, objective, batch, parts, step, share, guard.optimizer.last_pass(factor))
     except NonFinite as fault:
         finding = fault.finding
     metrics = pooled(terms, finding, step)
     world().sum_gradients(models, f"gradients of step {step}")
-    factor = schedule_factor(optim, step, run.steps)
     metrics["optim/grad_norm"] = guard.optimizer.step(factor)
     metrics["optim/lr"] = factor * optim.lr
     return metrics | source.metrics(step) | {"speed/tokens": float(len(batch.forest.ids))}
@@ -163,8 +163,9 @@ def _accumulate(
     parts: Sequence[Batch],
     step: int,
     share: Share | None = None,
+    last: AbstractContextManager[None] | None = None,
 ) -> dict[str, float]:
-    """Back-propagate every micro-batch into the same gradients; returns the terms, each divided by its count."""
+    """Back-propagate every micro-batch into the same gradients, the last one within ``last``; returns the terms by their counts."""
     totals: dict[str, Tensor] = {}
     loss_total = torch.zeros((), dtype=torch.float64)
     stats_of = partial(_stats, models, objective)
@@ -178,7 +179,8 @@ def _accumulate(
         terms = terms_of(stats, part)
         loss = require_finite(objective, part, stats, terms, batch.counts)
         if loss.requires_grad:
-            loss.backward()
+            with last if last is not None and part is parts[-1] else nullcontext():
+                loss.backward()
         loss_total += loss.detach().cpu()
         for name, term in terms.items():
             value = term.sum.detach().double().cpu() / batch.counts[term.unit]

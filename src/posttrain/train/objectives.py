@@ -13,9 +13,11 @@ from posttrain.forest import Batch
 from posttrain.losses import find_loss
 from posttrain.losses.reward import bradley_terry
 from posttrain.ops.masked import masked_sum
+from posttrain.train.critic_first import CriticFirst
 from posttrain.train.odin import Odin
 from posttrain.train.policy_gradient import PolicyGradient
 from posttrain.train.preferences import BetaDPO, ExploredPreference, Preference, ScoredPreference, TokenPreference
+from posttrain.train.ptx import Ptx
 from posttrain.train.responses import Listwise, Unpaired, Valued
 from posttrain.train.reward_objectives import (
     AttributeReward,
@@ -41,6 +43,7 @@ __all__ = [
     "AttributeReward",
     "BetaDPO",
     "ConstrainedPolicyGradient",
+    "CriticFirst",
     "ExploredPreference",
     "GatedReward",
     "ListedReward",
@@ -48,6 +51,7 @@ __all__ = [
     "Odin",
     "PolicyGradient",
     "Preference",
+    "Ptx",
     "RankedReward",
     "RewardModel",
     "ScoredPreference",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from posttrain.errors import CheckError, ConfigError
+from posttrain.train.ema import Average
+from posttrain.train.fused import Moved, check_fused, fused_step
 from posttrain.train.online_merging import OnlineMerge
 
 
@@ -20,7 +23,8 @@ class Optim:
     ``lr`` is the peak for every role, ``role_lr`` overrides it by role; the schedule is a linear warm-up over
     ``warmup_steps`` from ``1 / warmup_steps`` of the peak, then ``schedule``: "constant", "linear" or "cosine" down to
     ``floor`` of the peak, reached one step after the last. ``clip`` bounds the gradient's norm, role by role. With ``merge``
-    each step is merged with what the start model had learnt since its base.
+    each step is merged with what the start model had learnt since its base. ``average`` follows a role's weights. ``fused``
+    makes the step within the backward pass (`posttrain.train.fused`), which wants ``clip`` infinite.
     """
 
     lr: float
@@ -33,6 +37,13 @@ class Optim:
     weight_decay: float = 0.0
     clip: float = 1.0
     merge: OnlineMerge | None = None
+    average: Average | None = None
+    fused: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse a fused step that needs all gradients at once."""
+        if self.fused:
+            check_fused(self)
 
 
 def schedule_factor(optim: Optim, step: int, steps: int) -> float:
@@ -79,6 +90,23 @@ class MasterAdamW:
         self.inner = torch.optim.AdamW(
             groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
         )
+        self._moved = Moved()  # by the last pass of a fused step
+        if optim.average is not None:
+            optim.average.begin(self.masters)
+
+    @contextmanager
+    def last_pass(self, factor: float) -> Iterator[None]:
+        """Around the last backward pass before `step`: where the step is fused, it is made within."""
+        if not self.optim.fused:
+            yield
+            return
+        with fused_step(self, factor) as self._moved:
+            yield
+
+    def set_rates(self, factor: float) -> None:
+        """Set each role's learning rate to ``factor`` of its peak."""
+        for group in self.inner.param_groups:
+            group["lr"] = factor * self.optim.role_lr.get(group["name"], self.optim.lr)
 
     def step(self, factor: float) -> float:
         """Clip, update, clear gradients; returns the norm of all gradients before clipping.
@@ -93,14 +121,14 @@ class MasterAdamW:
                 if master is not parameter and parameter.grad is not None:
                     master.grad = parameter.grad.float()
             norms.append(float(nn.utils.clip_grad_norm_(masters, self.optim.clip)))
-        total = math.sqrt(sum(n * n for n in norms))
+        total = math.sqrt(sum(n * n for n in norms) + self._moved.squares)
+        self._moved = Moved()
         if not math.isfinite(total):
             raise NonFiniteGradient(
                 f"the gradient's norm is {total} ({dict(zip(self.roles, norms, strict=True))}); weights are unchanged"
             )
         self.before_change()
-        for group in self.inner.param_groups:
-            group["lr"] = factor * self.optim.role_lr.get(group["name"], self.optim.lr)
+        self.set_rates(factor)
         starts = self._decayed()
         self.inner.step()
         for (role, name), start in starts.items():
@@ -113,6 +141,8 @@ class MasterAdamW:
                 master = self.masters[role][name]
                 if master is not parameter:
                     parameter.data.copy_(master)
+        if self.optim.average is not None:
+            self.optim.average.move(self.masters)
         self.clear()
         return total
 
@@ -142,8 +172,8 @@ class MasterAdamW:
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """Masters and moments by flat name, for a checkpoint."""
-        out: dict[str, Tensor] = {}
+        """Masters, moments and the average by flat name, for a checkpoint."""
+        out: dict[str, Tensor] = {} if self.optim.average is None else self.optim.average.named()
         for role, masters in self.masters.items():
             for name, master in masters.items():
                 out[f"{role}/master/{name}"] = master.detach()
@@ -178,3 +208,5 @@ class MasterAdamW:
                 }
                 if state:
                     self.inner.state[master] = state
+        if self.optim.average is not None:
+            self.optim.average.load(tensors)
