@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from posttrain.rewards.model import reward_model
 from posttrain.rewards.named import REWARDS
 from posttrain.rewards.panel import load_panel, panel_reward
 from posttrain.stages import Context, Stage
+from posttrain.work.mix_rewards import MIX, mixed
 
 LONG = 1 << 20  # tokens: nothing is cut to be scored
 _PROBE = [{"role": "user", "content": "What's 12 + 30, exactly?"}]
@@ -44,6 +46,8 @@ def reward_of(
     score is not one output of the answer alone, reads the text.
     """
     place = judge_dir(reward, ctx)
+    if place is not None and record_of(place)["form"] == MIX:
+        return mixed(place, partial(reward_of, ctx=ctx, dtype=dtype, max_tokens=max_tokens, tokenizer=tokenizer))
     if place is not None and not reads_ids(place, tokenizer):
         return panel_reward(load_panel(str(place), dtype=dtype, max_length=LONG, max_tokens=max_tokens))
     if place is not None:
