@@ -7,7 +7,7 @@ import math
 import pytest
 
 from posttrain.errors import ConfigError
-from posttrain.rewards.refine import agreement, as_pair, disagreements, from_scorer, next_rows, noisy
+from posttrain.rewards.refine import agreement, as_pair, confirmed, disagreements, from_scorer, next_rows, noisy
 from posttrain.rewards.trained import said
 from posttrain.types import Example, Message
 
@@ -55,6 +55,30 @@ def test_next_rows_are_ranked_as_the_judge_does_and_hold_what_was_right():
     with pytest.raises(ConfigError, match="decided none of 8 pairs"):
         agreement(rows, tied)
     assert as_pair(rows[0], found[0]).meta["better"] == pytest.approx(1)
+
+
+def test_only_disagreements_said_twice_stay():
+    rows = [asked(f"p{k}", "a", "bbb") for k in range(4)]
+    found = disagreements(rows, [[1.0, 0.0], [2.0, 0.0], [0.0, 1.0], [0.0, 2.0]], longer)
+    heard = []
+
+    def second(prompt, a, b):
+        heard.append((prompt, a, b))
+        return 0.9 if prompt == "p0" else 0.2
+
+    kept = confirmed(rows, found, second)
+    assert sorted(heard) == [("p0", "bbb", "a"), ("p1", "bbb", "a")]  # in the other order, and of disagreements alone
+    assert sorted(c.example for c in kept) == [0, 2, 3]
+    assert [c.example for c in kept if not c.agrees] == [0]
+    assert confirmed(rows, found, lambda *_: 0.5) == [c for c in found if c.agrees]
+
+
+def test_rows_of_one_prompt_are_bounded():
+    rows = [asked("p", "a", "bb", "ccc"), asked("q", "a", "bb")]
+    found = disagreements(rows, [[5.0, 3.0, 0.0], [1.0, 0.0]], longer)
+    assert [len(next_rows(rows, found, 10, per_prompt=n)) for n in (1, 2, None)] == [2, 3, 4]
+    (first, *_) = next_rows(rows, found, 10, per_prompt=1)
+    assert [r.text for r in first.responses] == ["ccc", "a"]  # the most surprising of them
 
 
 def test_a_noisy_judge_errs_on_pairs_whatever_their_order():

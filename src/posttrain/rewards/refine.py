@@ -7,6 +7,7 @@ model that compares, a larger reward model.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -81,15 +82,43 @@ def _asked_pairs(texts: Sequence[str], scores: Sequence[float], most: int) -> It
         yield ordered[-1 - k // 2] if k % 2 else ordered[k // 2]
 
 
+def confirmed(examples: Sequence[Example], compared: Sequence[Compared], second: Compare) -> list[Compared]:
+    """The comparisons less the disagreements that a second judge does not confirm; it hears the answers in the other order.
+
+    A judge who errs now and then contradicts the model most where the model is right and sure, so that what surprises most
+    holds most of the errors. Asked about these alone once more (another person, the other order), few of them stay.
+    """
+    found: list[Compared] = []
+    for c in compared:
+        if not c.agrees:
+            example = examples[c.example]
+            again = 1 - second(example.prompt[-1].content, example.responses[c.b].text, example.responses[c.a].text)
+            if (again - 0.5) * (c.judge - 0.5) <= 0:
+                continue
+        found.append(c)
+    return found
+
+
 def next_rows(
-    examples: Sequence[Example], compared: Sequence[Compared], count: int, *, agreeing: float = 0.25
+    examples: Sequence[Example],
+    compared: Sequence[Compared],
+    count: int,
+    *,
+    agreeing: float = 0.25,
+    per_prompt: int | None = None,
 ) -> list[Example]:
     """The next ``count`` training pairs: what surprised most, and a share ``agreeing`` on which both agree.
 
-    Pairs on which the model was right hold what it knows: of disagreements alone it would learn to contradict itself. A pair
-    keeps the judge's probability as ``meta["better"]``, which a loss on soft labels reads; ties are left out.
+    Pairs on which the model was right hold what it knows: of disagreements alone it would learn to contradict itself. Of one
+    prompt ``per_prompt`` pairs at most are taken. A pair keeps the judge's probability as ``meta["better"]``, which a loss on
+    soft labels reads; ties are left out.
     """
-    decided = [c for c in compared if c.judge != 0.5]
+    taken: Counter[int] = Counter()
+    decided: list[Compared] = []
+    for c in compared:
+        if c.judge != 0.5 and (per_prompt is None or taken[c.example] < per_prompt):
+            taken[c.example] += 1
+            decided.append(c)
     wrong, right = [c for c in decided if not c.agrees], [c for c in decided if c.agrees]
     kept = min(len(right), max(round(count * agreeing), count - len(wrong)))
     chosen = [*wrong[: count - kept], *right[:kept]]
