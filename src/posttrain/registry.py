@@ -118,15 +118,20 @@ AMBIGUOUS = {
 RECIPES = Registry(
     "recipe",
     {
+        "dno": "posttrain.recipes.dno:dno",
         "dpo": "posttrain.recipes.dpo:dpo",
         "hermes3": "posttrain.recipes.hermes3:hermes3",
         "instructgpt": "posttrain.recipes.instructgpt:instructgpt",
+        "llama3": "posttrain.recipes.llama3:llama3",
+        "nemotron4": "posttrain.recipes.nemotron4:nemotron4",
         "phi3": "posttrain.recipes.phi3:phi3",
+        "qwen2": "posttrain.recipes.qwen2:qwen2",
         "reward_model": "posttrain.recipes.reward_model:reward_model",
         "rso": "posttrain.recipes.rso:rso",
         "slic_hf": "posttrain.recipes.slic_hf:slic_hf",
         "small": "posttrain.recipes.small:small",
         "spin": "posttrain.recipes.spin:spin",
+        "sppo": "posttrain.recipes.sppo:sppo",
         "zephyr_orpo": "posttrain.recipes.zephyr_orpo:zephyr_orpo",
     },
 )

@@ -5,7 +5,7 @@ These files import no torch, so that a recipe can be listed and forecast at once
 
 from posttrain.stages.base import Context, Overlong, Plan, Recipe, Stage, stage_model
 from posttrain.stages.closing import Evaluate, EvaluatePreference, EvaluateReward, HeldOut, MeasurePreference, Merge
-from posttrain.stages.making import Generate, Label, Select
+from posttrain.stages.making import Generate, Label, MakePrompts, Select
 from posttrain.stages.online import PreferOnline
 from posttrain.stages.reinforcing import Reinforce
 from posttrain.stages.scoring import TrainScorer
@@ -20,6 +20,7 @@ __all__ = [
     "Generate",
     "HeldOut",
     "Label",
+    "MakePrompts",
     "MeasurePreference",
     "Merge",
     "Overlong",

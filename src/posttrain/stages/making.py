@@ -61,6 +61,41 @@ class Generate(Stage):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MakePrompts(Stage):
+    """Sample ``count`` different prompts that a chat model writes itself, as the user; writes ``data/prompts.jsonl``.
+
+    The model goes on from where its template lets a user begin, up to its stop token (Xu et al. 2024, Magpie, arXiv
+    2406.08464). Those without end, empty ones and repetitions are left out and counted; draws are made ``at_once`` a time,
+    each such lot journalled, at most ``tries`` a prompt.
+    """
+
+    WORK: ClassVar[str] = "posttrain.work.make_prompts:run"
+    TINY: ClassVar[Mapping[str, Any]] = {"model": "small-base", "count": 16}
+    model: str | Stage = "smollm2"
+    count: int = 96
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 64
+    tries: int = 20
+    dtype: str = "auto"
+    slots: int = 32
+    at_once: int = 64
+
+    def __post_init__(self) -> None:
+        """Refuse values that would fail late."""
+        if min(self.count, self.tries, self.at_once, self.max_new_tokens) < 1:
+            raise ConfigError(
+                f"got count={self.count}, tries={self.tries}, at_once={self.at_once}, max_new_tokens={self.max_new_tokens}; "
+                "expected at least 1 of each"
+            )
+
+    def plan(self) -> Plan:
+        """Two draws a prompt."""
+        tokens = int(2 * self.count * 0.5 * self.max_new_tokens)
+        return Plan(rows=self.count, tokens=tokens, flops=2 * PARAMETERS * tokens, memory=PARAMETERS * 4 + 1e9)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Label(Stage):
     """Score every answer to every prompt; writes ``data/samples.jsonl`` with scores, ranks and win rates.
 

@@ -26,6 +26,7 @@ class PreferOnline(Training):
     WORK: ClassVar[str] = "posttrain.work.online:run"
     DATA: ClassVar[tuple[str, ...]] = ("prompts",)
     FUNCTIONS: ClassVar[bool] = True
+    MERGED: ClassVar[bool] = True
     TINY: ClassVar[Mapping[str, Any]] = {
         "model": "small", "data": "smallworld", "lora_rank": 0, "lr": 1e-4, "steps": 8, "prompts_per_step": 8, "warmup_steps": 2,
         "max_new_tokens": 32,

@@ -22,6 +22,7 @@ from posttrain.train.online import OnlineSource, opponent
 from posttrain.train.reference import row_logp
 from posttrain.train.rollouts import Plan
 from posttrain.work.inputs import Start, choose_dtype, load_examples, refuse_weights, start_from
+from posttrain.work.online_merging import merged_steps
 from posttrain.work.prefer import MARGIN, token_columns
 from posttrain.work.reinforce import SamplesFile
 from posttrain.work.rewarding import compares, reward_of
@@ -37,6 +38,7 @@ def run(stage: PreferOnline, ctx: Context) -> None:
     against = "reference" in objective.facts.get("needs", ("reference",))
     own = Model(policy.net) if policy.adapter else None
     reference = (own or load_policy(start.path, dtype=dtype)) if against else None
+    merge = merged_steps(stage, ctx, start, policy)
     examples = load_examples(stage, ctx, "prompts")
     refuse_weights(examples, "learning from fresh samples")
     ids, report = prompt_ids(start.tokenizer, examples, max_length=stage.max_length, overlong=stage.overlong)
@@ -68,7 +70,7 @@ def run(stage: PreferOnline, ctx: Context) -> None:
     roles = {"policy": policy}
     if reference is not None and "kl" in objective.facts.get("reads", ()):
         roles["reference"] = reference
-    fit(roles, objective, source, optim=optimiser(stage), run=run)
+    fit(roles, objective, source, optim=optimiser(stage, merge), run=run)
     save_merged(policy, start.path, ctx.dir, start.tokenizer)
 
 
