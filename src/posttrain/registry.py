@@ -119,6 +119,7 @@ RECIPES = Registry(
     "recipe",
     {
         "dno": "posttrain.recipes.dno:dno",
+        "chatglm_rlhf": "posttrain.recipes.chatglm_rlhf:chatglm_rlhf",
         "dpo": "posttrain.recipes.dpo:dpo",
         "hermes3": "posttrain.recipes.hermes3:hermes3",
         "instructgpt": "posttrain.recipes.instructgpt:instructgpt",

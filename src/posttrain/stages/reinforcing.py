@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 from posttrain.errors import ConfigError
-from posttrain.stages.base import PARAMETERS, Plan, Stage
+from posttrain.stages.base import PARAMETERS, TOKENS_A_ROW, Plan, Stage
 from posttrain.stages.training import Training
 from posttrain.train.algorithms import Algorithm, check_penalty, find_algorithm
 
@@ -27,6 +28,16 @@ class Reinforce(Training):
     penalty in the reward to so many nats a sequence. ``mismatch`` is the weight of tokens where the sampler is not the
     trainer (`posttrain.losses.shaping`). Where the KL of a rollout exceeds ``max_kl`` (nats a sequence) the stage stops,
     says why, and keeps the last checkpoint below it. Writes the policy (an adapter for peft, or a model directory).
+
+    ``ptx`` is the weight of the likelihood, nats a token, of demonstrations that the policy must not forget: those of ``ptx_data`` (None:
+    of ``data``), ``ptx_share`` rows for each response that a step trains. In the first ``value_warmup`` rollouts only the critic
+    learns. With ``ema`` the average of the policy's weights over updates, of that decay an update, is what is written.
+    ``against_start`` samples so many answers of the start to each prompt, whose mean score is taken from every later one's.
+    ``fused`` makes the optimiser's step within the backward pass, without clipping: gradients are not held together.
+
+    ``gold`` is a reward like ``reward`` that is only measured, on the samples of every ``gold_every``-th rollout: ``gold/reward``
+    in ``metrics.jsonl``, drawn with the proxy over the KL in ``overoptimisation.png``. Where over ``gold_window`` measurements the
+    proxy rises while gold falls (`posttrain.evals.overoptimisation.parted`), that is printed and written to ``alarms.jsonl``.
     """
 
     WORK: ClassVar[str] = "posttrain.work.reinforce:run"
@@ -65,6 +76,16 @@ class Reinforce(Training):
     rounds: int | None = None
     mismatch: str | None = None
     max_kl: float | None = None
+    ptx: float = 0.0
+    ptx_data: str | Stage | None = None
+    ptx_share: float = 8.0
+    value_warmup: int = 0
+    ema: float = 0.0
+    against_start: int = 0
+    fused: bool = False
+    gold: Stage | str | None = None
+    gold_every: int = 1
+    gold_window: int = 20
     slots: int = 32
 
     def __post_init__(self) -> None:
@@ -85,6 +106,32 @@ class Reinforce(Training):
             raise ConfigError(
                 f"got kl_target={self.kl_target:g}, which moves a penalty in the reward; {self.algorithm} has '{row.penalty}'"
             )
+        self._refuse_beside(row)
+
+    def _refuse_beside(self, row: Algorithm) -> None:
+        """Refuse what can't stand beside the samples."""
+        if self.ptx < 0 or self.ptx_share <= 0 or (self.ptx and self.temperature != 1.0):
+            raise ConfigError(
+                f"got ptx={self.ptx:g}, ptx_share={self.ptx_share:g}, temperature={self.temperature:g}; expected a weight of at "
+                "least 0, a share above 0, and with ptx temperature 1: text and samples go through one pass"
+            )
+        if not 0 <= self.ema < 1 or self.against_start < 0 or self.gold_every < 1 or self.gold_window < 3:
+            raise ConfigError(
+                f"got ema={self.ema:g}, against_start={self.against_start}, gold_every={self.gold_every}, "
+                f"gold_window={self.gold_window}; expected a decay from 0 to below 1, answers of at least 0, at least 1, at least 3"
+            )
+        if self.value_warmup < 0 or (self.value_warmup and "critic" not in row.needs):
+            raise ConfigError(
+                f"got value_warmup={self.value_warmup}; expected rollouts of at least 0, and an algorithm with a critic, which "
+                f"{self.algorithm} {'has' if 'critic' in row.needs else 'has not'}"
+            )
+        if self.against_start and self.cut_score is not None:
+            raise ConfigError(
+                f"got cut_score={self.cut_score:g} with against_start={self.against_start}; a cut response's score would be no "
+                "difference to the start's answers; expected cut_score None"
+            )
+        if self.fused and self.merging != "none":
+            raise ConfigError("got fused with merging, which needs all of a step; expected one of them")
 
     def row(self) -> Algorithm:
         """The algorithm with what this stage changes of it: penalty, its coefficient, options of the loss.
@@ -128,6 +175,12 @@ class Reinforce(Training):
             )
         super().check()
 
+    def files(self) -> list[Path]:
+        """Also those of the text that is kept and of the gold reward."""
+        from posttrain.work.beside import beside_files
+
+        return super().files() + beside_files(self)
+
     def plan(self) -> Plan:
         """Sampling, three forward passes and training for every response."""
         rollouts = self.steps // self.updates_per_rollout
@@ -135,4 +188,6 @@ class Reinforce(Training):
         tokens = int(samples * (50 / self.samples_per_prompt + 0.7 * self.max_new_tokens))
         critic = 2.0 if self.lora_rank and not self.value_rank else 4.4
         flops = self.step_flops(tokens) + (2 * 3 + critic) * PARAMETERS * tokens
+        if self.ptx:
+            flops += self.step_flops(int(samples * self.ptx_share * TOKENS_A_ROW))
         return Plan(rows=samples, tokens=tokens, flops=flops, memory=2 * self.weights() + self.working())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,21 @@ from posttrain.losses.shaping import mismatch_weights
 from posttrain.models.load import load_policy, new_reward, save_merged, value_role
 from posttrain.models.lora import Lora, save_adapter
 from posttrain.models.policy import Model
+from posttrain.rewards.base import Reward
 from posttrain.rollout.engine import Sampling
 from posttrain.rollout.local import LocalEngine
 from posttrain.stages import Context, Reinforce
 from posttrain.train.diagnose import Watch, evidence_of
+from posttrain.train.ema import Average
 from posttrain.train.journal import Journal
 from posttrain.train.log import JsonLines
 from posttrain.train.loop import fit
+from posttrain.train.online_merging import OnlineMerge
 from posttrain.train.optim import Optim
 from posttrain.train.policy_gradient import estimator, policy_gradient
 from posttrain.train.rollouts import Plan, RolloutSource
-from posttrain.work.inputs import choose_dtype, load_examples, refuse_weights, start_from
+from posttrain.work.beside import against_start, around, with_gold
+from posttrain.work.inputs import Start, choose_dtype, load_examples, refuse_weights, start_from
 from posttrain.work.online_merging import merged_steps
 from posttrain.work.rewarding import judge_dir, network_of, reads_ids, reward_of, scored_by
 from posttrain.work.supervised import adapters, training_run
@@ -36,22 +41,19 @@ def run(stage: Reinforce, ctx: Context) -> None:
     dtype = choose_dtype(stage.dtype, start.path)
     policy = load_policy(start.path, dtype=dtype, lora=adapters(stage), train=True, seed=ctx.seed)
     reference = Model(policy.net) if policy.adapter else load_policy(start.path, dtype=dtype)
-    judge = judge_dir(stage.reward, ctx)
-    scorer = None if judge is None else network_of(judge, start.tokenizer, dtype)
-    most = 2 * stage.max_tokens
-    if scorer is None or judge is None or not reads_ids(judge, start.tokenizer):
-        reward = reward_of(stage.reward, ctx, dtype=dtype, max_tokens=most, tokenizer=start.tokenizer)
-    else:  # the critic stands on this very network
-        reward = scored_by(scorer, judge, max_tokens=most)
+    reward, scorer = rewarded(stage, ctx, start, dtype)
     value = critic(stage, scorer, start.path, ctx, dtype) if "critic" in row.needs else None
     examples = load_examples(stage, ctx, "prompts")
     refuse_weights(examples, "reinforcement learning")
     ids, report = prompt_ids(start.tokenizer, examples, max_length=stage.max_length, overlong=stage.overlong)
     ctx.console.print(f"prompts: {report}", highlight=False)
+    examples = [examples[i] for i in report.index]
+    reward = against_start(stage, ctx, start, reference, reward, examples, ids)
+    reward, gold = with_gold(stage, ctx, start, reward, dtype)
     samples = SamplesFile(ctx.dir / "samples.jsonl")
     source = RolloutSource(
         plan=plan(stage, ctx.seed),
-        examples=[examples[i] for i in report.index],
+        examples=examples,
         prompt_ids=ids,
         engine=LocalEngine(policy, start.stop_ids, stage.slots),
         reward=reward,
@@ -72,21 +74,44 @@ def run(stage: Reinforce, ctx: Context) -> None:
         # bf16 rounds the logits of sampler and trainer apart; the ratio stays right, being taken to the sampler's own
         ratio_tolerance=1e-4 if dtype == torch.float32 else 0.1,
     )
-    optim = Optim(
+    source, objective = around(stage, ctx, start, source, objective)
+    average = Average(stage.ema) if stage.ema else None
+    run = training_run(stage, ctx, stage.steps, "reinforce")
+    if stage.max_kl is not None:  # the last checkpoint that was measured is one of those before the newest rollout
+        run = replace(run, keep=max(run.keep, 1 + math.ceil(stage.updates_per_rollout / run.save_every)))
+    watch = Watch(ctx.dir, ctx.console, stage.max_kl, evidence_of(policy, reference, ids[0]))
+    with ExitStack() as stack:
+        hooks = [stack.enter_context(hook) for hook in (gold, watch) if hook is not None]
+        roles = {"policy": policy} | ({} if value is None else {"value": value})
+        roles |= {"reference": reference} if "kl_to_other" in objective.reads["policy"] else {}
+        optim = optimiser(stage, merged_steps(stage, ctx, start, policy), average)
+        fit(roles, objective, source, optim=optim, run=run, hooks=hooks)
+    if average is not None:
+        average.put(policy.parameters())
+    save(policy, stage, start.path, ctx.dir, start.tokenizer)
+
+
+def rewarded(stage: Reinforce, ctx: Context, start: Start, dtype: torch.dtype) -> tuple[Reward, Model | None]:
+    """The stage's reward, and the network that a critic can stand on: the very one that scores, where it reads sampled ids."""
+    judge, most = judge_dir(stage.reward, ctx), 2 * stage.max_tokens
+    scorer = None if judge is None else network_of(judge, start.tokenizer, dtype)
+    if scorer is None or judge is None or not reads_ids(judge, start.tokenizer):
+        return reward_of(stage.reward, ctx, dtype=dtype, max_tokens=most, tokenizer=start.tokenizer), scorer
+    return scored_by(scorer, judge, max_tokens=most), scorer
+
+
+def optimiser(stage: Reinforce, merge: OnlineMerge | None, average: Average | None) -> Optim:
+    """The stage's optimiser; one whose steps are fused into the backward pass clips nothing."""
+    return Optim(
         lr=stage.lr,
         role_lr={"value": stage.value_lr},
         schedule=stage.schedule,
         warmup_steps=stage.warmup_steps,
-        merge=merged_steps(stage, ctx, start, policy),
+        clip=math.inf if stage.fused else 1.0,
+        merge=merge,
+        average=average,
+        fused=stage.fused,
     )
-    run = training_run(stage, ctx, stage.steps, "reinforce")
-    if stage.max_kl is not None:  # the last checkpoint that was measured is one of those before the newest rollout
-        run = replace(run, keep=max(run.keep, 1 + math.ceil(stage.updates_per_rollout / run.save_every)))
-    with Watch(ctx.dir, ctx.console, stage.max_kl, evidence_of(policy, reference, ids[0])) as watch:
-        roles = {"policy": policy} | ({} if value is None else {"value": value})
-        roles |= {"reference": reference} if "kl_to_other" in objective.reads["policy"] else {}
-        fit(roles, objective, source, optim=optim, run=run, hooks=[watch])
-    save(policy, stage, start.path, ctx.dir, start.tokenizer)
 
 
 def critic(stage: Reinforce, scorer: Model | None, start: str, ctx: Context, dtype: torch.dtype) -> Model:
