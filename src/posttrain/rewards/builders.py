@@ -260,6 +260,18 @@ def best(example: Example, seed: int, *, most: float = 1, least: float = float("
     return [replace(example, responses=(example.responses[i],), preferences=()) for i in places]
 
 
+@builders.register("demonstrated", makes="demonstrations")
+def demonstrated(example: Example, seed: int) -> list[Example]:
+    """The first answer as it is, to be imitated: of demonstrations of several sources one set."""
+    return [replace(example, responses=example.responses[:1], preferences=())] if example.responses else []
+
+
+@builders.register("asked", makes="prompts")
+def asked(example: Example, seed: int) -> list[Example]:
+    """The prompt alone, with its target: of prompts of several sources one set."""
+    return [replace(example, responses=(), preferences=())]
+
+
 @builders.register("thumbs", makes="labelled", scores=True)
 def thumbs(example: Example, seed: int, *, threshold: float = 0.0) -> list[Example]:
     """Each response by itself, good where its score is above ``threshold``."""
