@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from posttrain.forest import Forest
+from posttrain.forest import Branch, Forest, Row, build_forest
 from posttrain.models import lora as adapters
 from posttrain.models.attention import forest_layout
 from posttrain.models.encoder import encoder_scores
@@ -37,6 +37,8 @@ class Model:
             third more time, and the same numbers.
         gate: weights of the head's k outputs, from the state where the prompt ends.
         encoder: an answer's score is the network's own output for prompt and answer, which see each other.
+        outputs: how many tokens this role can write, the first rows of its output layer; None = all of them.
+        unseen: how many tokens at the beginning of each prompt are for other roles: this one reads the prompt without them.
     """
 
     net: PreTrainedModel
@@ -48,6 +50,8 @@ class Model:
     checkpointing: bool = False
     gate: nn.Module | None = None
     encoder: bool = False
+    outputs: int | None = None
+    unseen: int = 0
 
     @property
     def trunk(self) -> Any:
@@ -57,7 +61,11 @@ class Model:
     @property
     def head(self) -> Head:
         """The output layer of a language-model role."""
-        return read_head(self.net)
+        head = read_head(self.net)
+        if self.outputs is None:
+            return head
+        bias = None if head.bias is None else head.bias[: self.outputs]
+        return Head(head.weight[: self.outputs], bias, head.scale, head.soft_cap)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Trained tensors by name; empty if the role is not trained."""
@@ -79,7 +87,9 @@ def _trunk_and_head(model: Model) -> dict[str, nn.Parameter]:
 
 
 def hidden_states(model: Model, forest: Forest) -> Tensor:
-    """Final states ``[N, d]`` of the trunk over a forest; each prompt is computed once."""
+    """Final states ``[N, d]`` of the trunk over a forest; each prompt is computed once. Those of unseen tokens are 0."""
+    if model.unseen:
+        return _shortened(model, forest)
     state = partial(_switched, model)
     with state(), recomputed(model.trunk, state) if model.checkpointing else nullcontext():
         if model.plain:
@@ -89,6 +99,19 @@ def hidden_states(model: Model, forest: Forest) -> Tensor:
             input_ids=forest.ids[None], position_ids=forest.positions[None], use_cache=False, layout=layout
         )
         return out.last_hidden_state[0]
+
+
+def _shortened(model: Model, forest: Forest) -> Tensor:
+    """The same states where prompts lack the tokens at their beginning that the role does not read."""
+    seen = torch.ones_like(forest.ids, dtype=torch.bool)
+    rows: list[Row] = []
+    for tree in forest.trees:
+        (start, end) = tree.prompt
+        seen[start : start + model.unseen] = False
+        branches = [Branch(forest.ids[a:b].tolist(), {}) for a, b in tree.branches]
+        rows.append(Row(forest.ids[start + model.unseen : end].tolist(), branches))
+    states = hidden_states(replace(model, unseen=0), build_forest(rows).to(forest.ids.device))
+    return states.new_zeros(len(seen), states.shape[1]).index_put((seen.nonzero()[:, 0],), states)
 
 
 @contextmanager

@@ -81,3 +81,16 @@ def asked(reward: Reward, completions: Sequence[Completion], name: str) -> list[
     if len(scores) != len(completions):
         raise RewardError(f"the {name} gave {len(scores)} scores for {len(completions)} responses; expected one each")
     return scores
+
+
+def with_part(reward: Reward, other: Reward, name: str) -> Reward:
+    """``reward``, with another's score as the part ``name`` of each; abstains where either does."""
+
+    def both(completions: Sequence[Completion]) -> list[Score]:
+        found = zip(asked(reward, completions, "reward"), asked(other, completions, name), strict=True)
+        return [
+            Score(None) if s.value is None or o.value is None else Score(s.value, {**s.parts, name: o.value}, s.steps)
+            for s, o in found
+        ]
+
+    return both

@@ -7,7 +7,9 @@ from posttrain.stages.base import Context, Overlong, Plan, Recipe, Stage, stage_
 from posttrain.stages.closing import Evaluate, EvaluatePreference, EvaluateReward, HeldOut, MeasurePreference, Merge
 from posttrain.stages.making import Generate, Label, MakePrompts, Select
 from posttrain.stages.online import PreferOnline
+from posttrain.stages.quark import EvaluateQuark, Quark
 from posttrain.stages.reinforcing import Reinforce
+from posttrain.stages.safety import EvaluateSafety, RedTeam, ReinforceSafely
 from posttrain.stages.scoring import TrainScorer
 from posttrain.stages.training import SFT, Prefer, PreferLabelled, Pretrain, Training, TrainReward
 
@@ -16,7 +18,9 @@ __all__ = [
     "Context",
     "Evaluate",
     "EvaluatePreference",
+    "EvaluateQuark",
     "EvaluateReward",
+    "EvaluateSafety",
     "Generate",
     "HeldOut",
     "Label",
@@ -29,8 +33,11 @@ __all__ = [
     "PreferLabelled",
     "PreferOnline",
     "Pretrain",
+    "Quark",
     "Recipe",
+    "RedTeam",
     "Reinforce",
+    "ReinforceSafely",
     "Select",
     "Stage",
     "TrainReward",

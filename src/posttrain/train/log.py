@@ -48,10 +48,15 @@ METRICS = Metrics(
         "loss/policy": Metric(
             "1", "mean of the algorithm's loss over sampled tokens or responses of the step, as it aggregates"
         ),
+        "loss/quark": Metric(
+            "nats a token", "mean over tokens of -log pi + beta KL - eta entropy, after reward tokens"
+        ),
         "loss/kl": Metric("nats a token", "mean of the estimated KL to the reference, aggregated as loss/policy is"),
         "loss/value": Metric("reward^2", "mean over sampled tokens of the clipped value loss"),
         "loss/cost_value": Metric("cost^2", "the same as loss/value of the cost's critic"),
-        "loss/ptx": Metric("nats a token", "-mean log pi(y_t), by weight, over tokens of the text that the policy keeps"),
+        "loss/ptx": Metric(
+            "nats a token", "-mean log pi(y_t), by weight, over tokens of the text that the policy keeps"
+        ),
         "loss/attributes": Metric(
             "rating^2", "mean over prompts of their responses' mean squared error over rated attributes"
         ),
@@ -102,6 +107,12 @@ METRICS = Metrics(
         "mismatch/kl": Metric(
             "nats a token", "mean of k3(sampled_logp, old_logp): how far the trainer is from the sampler"
         ),
+        "kl/full": Metric(
+            "nats a token", "mean over trained tokens of the KL between policy and start over the vocabulary"
+        ),
+        "pool/size": Metric("responses", "scored responses in the pool"),
+        "pool/best": Metric("reward", "mean score of the pool's best bin"),
+        "pool/worst": Metric("reward", "mean score of the pool's worst bin"),
         "kl/data": Metric(
             "nats a token",
             "mean over response tokens of exp(d) - 1 - d, d = logp - ref_logp: the policy's distance from the reference on the "

@@ -18,6 +18,7 @@ from posttrain.train.odin import Odin
 from posttrain.train.policy_gradient import PolicyGradient
 from posttrain.train.preferences import BetaDPO, ExploredPreference, Preference, ScoredPreference, TokenPreference
 from posttrain.train.ptx import Ptx
+from posttrain.train.quark import RewardConditioned
 from posttrain.train.responses import Listwise, Unpaired, Valued
 from posttrain.train.reward_objectives import (
     AttributeReward,
@@ -53,6 +54,7 @@ __all__ = [
     "Preference",
     "Ptx",
     "RankedReward",
+    "RewardConditioned",
     "RewardModel",
     "ScoredPreference",
     "StepReward",

@@ -54,6 +54,15 @@ def smallworld_safety(size: str) -> dict[str, Path]:
     return kept(f"safety-1-{count}", lambda folder: world.write(folder, n_comparisons=count))
 
 
+@DATA.register("notes")
+def notes(size: str) -> dict[str, Path]:
+    """Questions about a prompt's own notes, for the environments lookup and retrieval, ``notes:N`` with N of each part (200)."""
+    from posttrain.data import smallworld_notes as world
+
+    count = int(size) if size else 200
+    return kept(f"notes-1-{count}", lambda folder: world.write(folder, count))
+
+
 @DATA.register("reasoning_gym")
 def reasoning_gym(task: str) -> dict[str, Path]:
     """Prompts of a task of reasoning-gym, ``reasoning_gym:TASK,FIELD=VALUE,...`` (size, seed, and its difficulty)."""
