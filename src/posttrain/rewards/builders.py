@@ -16,6 +16,7 @@ from typing import Any
 from posttrain.data.views import fault
 from posttrain.errors import ConfigError, DataError
 from posttrain.registry import Registry
+from posttrain.rewards.axes import harmlessness, helpfulness
 from posttrain.rewards.selection import kept, statistical_rejection
 from posttrain.rollout.engine import uniforms
 from posttrain.types import Example, Response
@@ -337,39 +338,9 @@ def unwanted(example: Example, seed: int) -> list[Example]:
     return [pair(example, first, i) for i in bad]
 
 
-@builders.register("helpfulness", makes="rankings", paper="Dai et al. 2023, Safe RLHF, arXiv 2310.12773")
-def helpfulness(example: Example, seed: int) -> list[Example]:
-    """The data's comparisons along the axis "helpfulness", a pair each; without any, its ranking as it is."""
-    return _along(example, "helpfulness", [r.rank for r in example.responses])
-
-
-@builders.register("harmlessness", makes="rankings", paper="Dai et al. 2023, Safe RLHF, arXiv 2310.12773")
-def harmlessness(example: Example, seed: int) -> list[Example]:
-    """The data's comparisons along the axis "harmlessness", a pair each, every answer safe (1) or not (0), for a cost model.
-
-    Where the data does not say what is safe, it is what is no failure called "unsafe"; without comparisons the unsafe answers
-    of its ranking follow the others.
-    """
-    safe = [r.attributes.get("safe", float(r.failure != "unsafe")) for r in example.responses]
-    told = tuple(
-        replace(r, attributes={**r.attributes, "safe": s}) for r, s in zip(example.responses, safe, strict=True)
-    )
-    keys = [(-s, r.rank) for r, s in zip(told, safe, strict=True) if r.rank is not None]
-    ranks = [sorted(set(keys)).index(k) for k in keys] if len(keys) == len(told) else []
-    return _along(replace(example, responses=told), "harmlessness", ranks)
-
-
-def _along(example: Example, axis: str, ranks: Sequence[int | None]) -> list[Example]:
-    """A pair for each comparison along an axis that is no tie; where there are none along any, the responses with ``ranks``."""
-    pairs = [
-        (p.a, p.b) if p.better > 0.5 else (p.b, p.a) for p in example.preferences if p.axis == axis and p.better != 0.5
-    ]
-    if example.preferences:
-        return [pair(example, a, b) for a, b in pairs]
-    if None in ranks or len(set(ranks)) < 2:
-        return []
-    ranked = tuple(replace(r, rank=k) for r, k in zip(example.responses, ranks, strict=True))
-    return [replace(example, responses=ranked)]
+SAFE_RLHF = "Dai et al. 2023, Safe RLHF, arXiv 2310.12773"
+builders.register("helpfulness", makes="rankings", paper=SAFE_RLHF)(helpfulness)
+builders.register("harmlessness", makes="rankings", paper=SAFE_RLHF)(harmlessness)
 
 
 def _bad(example: Example) -> list[int]:
