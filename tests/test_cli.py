@@ -152,7 +152,7 @@ def test_everything_is_listed(capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert max(map(len, output.splitlines())) <= 100
     heads = re.findall(r"(?m)^[A-Z].*$", output)
     assert heads[:2] == ["Recipes: posttrain run RECIPE", "Methods: posttrain train METHOD"]
-    assert {"Preference losses", "Policy losses", "Objectives"} <= set(heads)
+    assert {"Preference losses", "Policy losses", "KL penalties", "Objectives"} <= set(heads)
     for registry in (RECIPES, METHODS, *loss_registries(), objectives):
         assert all(re.search(rf"(?m)^ {name} ", output) for name in registry)
     assert cli.main(["list", "losses"]) == 0
@@ -162,13 +162,17 @@ def test_everything_is_listed(capsys: pytest.CaptureFixture[str], monkeypatch: p
 def test_a_loss_is_listed_with_formula_needs_and_paper():
     rows = {row[0]: row for grid in loss_grids() for row in grid.rows}
     assert rows["dpo"] == (
-        "dpo", "reference",
+        "dpo", "reference\npairs",
         "DPO: -log sigmoid(beta D), D the margin of log-ratios between chosen and rejected.\n"
         "Rafailov et al. 2023, Direct preference optimization, arXiv 2305.18290",
     )  # fmt: skip
-    assert rows["aot"][1] == "reference, whole step"
+    assert rows["aot"][1] == "reference, whole step\npairs"
+    assert rows["reward_aware_po"][1] == "reference\npairs with scores" and rows["simpo"][1] == "–\npairs"
+    assert rows["sppo"][1] == "reference\nlists with win rates" and rows["d2o"][1] == "reference\nlists"
+    assert rows["tdpo2"][1] == "reference, each token's KL to the reference\npairs"
+    assert rows["kto"][1] == "reference, whole step\nlabelled answers" and rows["gae"][1] == "–"
     assert rows["ppo_clip"][1:] == (
-        "–",
+        "–\nfresh samples",
         "Clipped surrogate max(-A rho, -A clip(rho, 1 - clip, 1 + clip)).\n"
         "Schulman et al. 2017 (PPO), eq. 7, as a loss.",
     )

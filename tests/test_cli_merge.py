@@ -50,7 +50,7 @@ def test_merging_two_models(here, capsys):
             "unknown option '--density' of `posttrain merge average`",
         ),
         (["ties", "small", "--out", "x", "--density", "half"], "--density: got 'half', expected float"),
-        (["ties", "small", "--out", "x"], "'ties' merges what models learnt since a base; name the base"),
+        (["ties", "small", "--out", "x"], "'ties' merges what models learnt since a base; name it (--base MODEL)"),
         (["average", "small", "--out", "x", "--base", "small"], "'average' reads no base, got 'small'; leave it out"),
         (
             ["average", "small", "small-base", "--out", "x", "--weights", "1"],

@@ -10,13 +10,14 @@ import pytest
 from rich.console import Console
 
 from posttrain.cli import main
-from posttrain.cli_compare import gather_losses, prepared, read_loss, target
+from posttrain.cli_compare import best_and_worst, gather_losses, prepared, read_loss, target
 from posttrain.cli_runs import SEPARATOR
 from posttrain.data import read
 from posttrain.errors import ConfigError
 from posttrain.evals.compare_view import compare_grid, compare_page, compare_png, over_seeds
 from posttrain.evals.tables import rich_grid
 from posttrain.stages import Prefer, PreferLabelled
+from posttrain.types import Example, Message, Response
 
 WORDS = ["tree", "stone", "river", "cloud", "apple", "horse", "chair", "lamp", "boat", "bread", "snow", "wind"]
 PAIRS = [
@@ -62,6 +63,19 @@ def test_every_loss_is_an_ordinary_run_on_the_same_rows(folder: Path, found, cap
     assert labels == [True, False] * len(trained)
     assert main(COMMAND.split()) == 0
     assert capsys.readouterr().out.count("finished earlier, skipped") == 3
+
+
+def test_single_answers_are_the_best_and_the_worst_of_a_row():
+    def row(*scores):
+        answers = tuple(Response(text=f"answer {k}", rank=k, score=s) for k, s in enumerate(scores))
+        return Example(prompt=(Message(role="user", content="say"),), responses=answers)
+
+    def told(example):
+        return [(r.text, r.label, r.score, r.rank) for e in best_and_worst(example) for r in e.responses]
+
+    assert told(row(None, None, None)) == [("answer 0", True, 1.0, None), ("answer 2", False, 0.0, None)]
+    assert told(row(3.0, 2.0, -1.0)) == [("answer 0", True, 3.0, None), ("answer 2", False, -1.0, None)]
+    assert told(row(3.0, None)) == [("answer 0", True, 1.0, None), ("answer 1", False, 0.0, None)]
 
 
 def test_the_table_says_what_each_loss_did(found):

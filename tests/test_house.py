@@ -50,6 +50,7 @@ FLOORS = [
             "__main__",
             "cli",
             "cli_data",
+            "cli_help",
             "cli_list",
             "cli_merge",
             "cli_making",

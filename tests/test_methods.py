@@ -87,7 +87,32 @@ def test_options_of_a_loss(folder):
     margin = first["logp/chosen"] - first["logp/rejected"]
     assert first["reward/margin"] == pytest.approx(0.5 * margin, rel=1e-4)
     config = json.loads((folder / "runs/options/cpo/stage.json").read_text())["config"]
-    assert config["options"] == {"beta": 0.5, "lam": 0.0} and config["loss"] == "cpo"
+    assert config["options"] == {"lam": 0.0} and config["beta"] == 0.5 and config["loss"] == "cpo"
+
+
+def test_the_scale_of_dpo_is_the_one_that_was_typed(folder):
+    one, two = (trained(folder, "dpo", option, "0.5", run=f"scale{option}")[1] for option in ("--beta", "--loss.beta"))
+    assert one["reward/margin"] == two["reward/margin"] != 0
+    config = json.loads((folder / "runs/scale--loss.beta/dpo/stage.json").read_text())["config"]
+    assert config["beta"] == 0.5 and config["options"] == {}
+
+
+def test_help_of_a_loss_lists_its_options(capsys):
+    assert main(["train", "simpo", "--help"]) == 0
+    told = capsys.readouterr().out.split("\nloss simpo:\n")[1].splitlines()
+    assert told[0].startswith("  SimPO: -log sigmoid(beta") and told[1] == "  learns from pairs"
+    assert told[-2:] == ["  --loss.beta float (now 2.0)", "  --loss.gamma float (now 1.0)"]
+    assert main(["train", "dpo", "--help"]) == 0
+    assert capsys.readouterr().out.endswith("  --loss.beta float (now 0.1)\n")
+    assert main(["train", "sft", "--help"]) == 0
+    assert "--loss." not in capsys.readouterr().out.partition("stage sft")[2]
+
+
+def test_an_adapter_is_asked_for_in_a_word(folder):
+    options = "--tiny --lora --limit 8 --epochs 1 --dtype float32 --name adapter"
+    assert main(["train", "ipo", *options.split()]) == 0
+    config = json.loads((folder / "runs/adapter/ipo/stage.json").read_text())["config"]
+    assert config["lora_rank"] == 16 and config["model"] == "small"
 
 
 @pytest.mark.parametrize(
@@ -95,8 +120,14 @@ def test_options_of_a_loss(folder):
     [
         ("rpo", "method 'rpo' may be several methods; say which: iterative_rpo"),
         ("dro", "say which: dro_v"),
-        ("spo --data pairs.jsonl", "say which: sppo"),
-        ("simpoo", "unknown method 'simpoo'"),
+        ("spo --data pairs.jsonl", "say which: sppo or sppo_hard (win rates as targets), or the self-play scores that"),
+        ("simpoo", "unknown method 'simpoo'; did you mean 'simpo'?"),
+        ("zzz", "sft, or a preference loss (`posttrain list losses`)"),
+        ("dpo --beta 0.2 --loss.beta 0.1", "--beta and --loss.beta are the same; give one of them"),
+        ("simpo --options gamma,1 --loss.gamma 1", "--options and --loss.OPTION set the same"),
+        ("simpo --loss.gamma", "--loss.gamma needs a value: float"),
+        ("simpo --options beta,1 --beta 2 --model small", "got beta=2 and beta=1 among the loss's options"),
+        ("ipo --loss.beta 0.1 --model small", "has no option 'beta'; known: tau"),
         ("simpo --loss.gama 1 --data pairs.jsonl --model small", "has no option 'gama'; did you mean 'gamma'?"),
         ("kto --data pairs.jsonl --model small", "has no labelled"),
         (

@@ -6,7 +6,6 @@ Exit status: 0 done, 1 disk full, out of memory, runs that differ or a failed ru
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
 import os
@@ -23,6 +22,7 @@ import posttrain
 from posttrain.arguments import convert, flag, flags, keyword_options, split, type_name
 from posttrain.cli_compare import compare, gather_losses
 from posttrain.cli_data import dispatch as dispatch_data
+from posttrain.cli_help import overview, usage
 from posttrain.cli_list import list_names
 from posttrain.cli_making import generate, label, select
 from posttrain.cli_merge import dispatch as dispatch_merge
@@ -33,7 +33,7 @@ from posttrain.machine import keep_freed_memory, yield_between_kernels
 from posttrain.registry import METHODS, RECIPES
 
 if TYPE_CHECKING:
-    from posttrain.stages import Recipe, Stage
+    from posttrain.stages import Recipe
 
 RUNS = Path("runs")
 
@@ -101,6 +101,7 @@ def train(
     *,
     name: str | None = None,
     seed: int = 0,
+    lora: bool = False,
     dry_run: bool = False,
     tiny: bool = False,
     resume: bool = False,
@@ -112,21 +113,20 @@ def train(
 
     --name NAME         name of the run, a directory under runs/ (default: train-METHOD)
     --seed N            seed of every random draw (default: 0)
+    --lora              train an adapter of rank 16, with --tiny too (without --tiny the default; --lora-rank N: of rank N)
     --dry-run           print a forecast of time and memory; compute nothing
     --tiny              train at the size of the small world; values typed beside it stay
     --resume, --allow-changed, --restart-changed   as for `posttrain run`
     --FIELD V           change a field of the stage, e.g. --data pairs.jsonl; `train METHOD --help` lists them
-    --loss.OPTION V     set an option of the loss, e.g. --loss.beta 0.05; `posttrain list losses` has their formulas
+    --loss.OPTION V     set an option of the loss, e.g. --loss.beta 0.05; `train METHOD --help` lists those too
     """
     recipe = method_recipe(method)
     options = recipe_options(recipe)
-    loss = [f"{key.removeprefix('loss.')},{value}" for key, value in more.items() if key.startswith("loss.")]
-    more = {key: value for key, value in more.items() if not key.startswith("loss.")}
-    fields = {key if key in options or "." in key else f"{method}.{key}": value for key, value in more.items()}
-    fields |= {f"{method}.options": ",".join(loss)} if loss else {}
+    given = loss_fields(more) | ({"lora_rank": "16"} if lora and "lora_rank" not in more else {})
+    fields = {key if key in options or "." in key else f"{method}.{key}": value for key, value in given.items()}
     going_on = {"resume": resume, "allow_changed": allow_changed, "restart_changed": restart_changed}
-    options: dict[str, Any] = {**going_on, **fields}
-    run(recipe, name=name, seed=seed, dry_run=dry_run, tiny=tiny, **options)
+    everything: dict[str, Any] = {**going_on, **fields}
+    run(recipe, name=name, seed=seed, dry_run=dry_run, tiny=tiny, **everything)
 
 
 def show(run: str, /) -> None:
@@ -259,14 +259,33 @@ def build_recipe(name: str, more: Mapping[str, str | None]) -> Recipe:
     return override(recipe, changes)
 
 
+def loss_fields(more: Mapping[str, str | None]) -> dict[str, str | None]:
+    """Options of ``train`` with those of the loss, ``loss.NAME``, as fields of its stage: ``beta``, and ``options``."""
+    fields = {key: value for key, value in more.items() if not key.startswith("loss.")}
+    loss = {key.removeprefix("loss."): value for key, value in more.items() if key.startswith("loss.")}
+    if "beta" in loss:  # a field by itself
+        if "beta" in fields:
+            raise ConfigError("--beta and --loss.beta are the same; give one of them")
+        fields["beta"] = loss.pop("beta")
+    if loss:
+        if "options" in fields:
+            raise ConfigError("--options and --loss.OPTION set the same; give one of them")
+        fields["options"] = ",".join(f"{key},{convert(value, float, f'loss.{key}')}" for key, value in loss.items())
+    return fields
+
+
 def method_recipe(method: str) -> str:
     """Return the import string of a method's recipe, or a preference loss's; an unknown name is an error with a suggestion."""
     if method not in METHODS and ":" not in method:
-        from posttrain.losses import find_loss
+        from posttrain.losses import LOSSES
 
-        with contextlib.suppress(ConfigError):
-            find_loss(method)
+        METHODS.refuse_ambiguous(method)
+        losses = [name for kind in LOSSES for name in kind]
+        if method in losses:
             return f"posttrain.recipes.losses:{method}"
+        near = suggest(method, [*METHODS, *losses])
+        known = f"{suggest('', METHODS)}, or a preference loss (`posttrain list losses`)"
+        raise ConfigError(f"unknown method '{method}'; {near if near.startswith('did') else known}")
     function = METHODS[method]
     return f"{function.__module__}:{function.__qualname__}"
 
@@ -342,57 +361,6 @@ def call(command: str, args: list[str]) -> int:
         )
     typed = {key: convert(given[key], options[key].annotation, key) for key in given if key in options}
     return function(*positional, **typed, **{key: given[key] for key in unknown}) or 0
-
-
-# ---------------------------------------------------------------------------- help
-
-
-def overview() -> str:
-    """Return the help of the whole command."""
-    lines = [f"  {name:<8} {(inspect.getdoc(item) or '').partition(chr(10))[0]}" for name, item in COMMANDS.items()]
-    about = (posttrain.__doc__ or "").partition("\n")[0]
-    return "\n".join(["usage: posttrain COMMAND [ARGUMENTS] [--help] [--version]", "", about, "", *lines])
-
-
-def usage(command: str, args: list[str]) -> str:
-    """Return the help of one command; of ``run RECIPE`` and ``train METHOD`` also the options and the stages' fields."""
-    function = COMMANDS[command]
-    positional, _ = split(args, flags(function))
-    parameters = inspect.signature(function).parameters
-    wanted = {key.upper().replace("_", "-"): p for key, p in parameters.items() if p.kind is p.POSITIONAL_ONLY}
-    names = [name if p.default is p.empty else f"[{name}]" for name, p in wanted.items()]
-    lines = [" ".join(["usage: posttrain", command, *names, "[OPTIONS]"]), "", inspect.getdoc(function) or ""]
-    if command in ("run", "train", "sweep") and positional:
-        recipe = method_recipe(positional[0]) if command == "train" else positional[0]
-        options = recipe_options(recipe)
-        lines += ["", f"options of {positional[0]}:"] if options else []
-        lines += [f"  {flag(key)} {type_name(item.annotation)} ({_default(item)})" for key, item in options.items()]
-        needed = {key: "..." for key, item in options.items() if item.default is item.empty}
-        stages = build_recipe(recipe, needed).stages
-        lines += [line for name in stages for line in stage_usage(name, stages, short=command == "train")]
-    return "\n".join(lines)
-
-
-def _default(option: inspect.Parameter) -> str:
-    return "needed" if option.default is option.empty else f"now {option.default!r}"
-
-
-def stage_usage(name: str, stages: Mapping[str, Stage], *, short: bool = False) -> list[str]:
-    """Return the lines of help on one stage: its inputs, and an option for each other field, ``short`` without the stage's name."""
-    from posttrain.graph import stage_inputs
-
-    stage = stages[name]
-    names = {id(other): key for key, other in stages.items()}
-    inputs = {field: names[id(other)] for field, other in stage_inputs(stage).items()}
-    reads = ", ".join(f"{field}={other}" for field, other in inputs.items())
-    hints, taken = typing.get_type_hints(type(stage)), {field.partition(".")[0] for field in inputs}
-    lines = ["", f"stage {name} ({type(stage).__name__}{', reads ' + reads if reads else ''}):"]
-    for field in dataclasses.fields(stage):
-        if field.name not in taken:
-            now = getattr(stage, field.name)
-            option = flag(field.name) if short else f"--{name}.{field.name}"
-            lines.append(f"  {option} {type_name(hints[field.name])} (now {now!r})")
-    return lines
 
 
 if __name__ == "__main__":

@@ -40,7 +40,8 @@ def compare(
     the command skips what is finished. Exit status 1: a run failed.
 
     --data DATA         pairs or rankings (default: the default data). Without heldout_rankings in it, one prompt in five
-                        is held out; losses of single answers get the best of a row as good and the worst as bad
+                        is held out; losses of single answers get the best of a row as good and the worst as bad, those
+                        of ratings with their scores, or 1 and 0 where there are none
     --test DATA         held-out pairs or rankings (default: the data's own)
     --model MODEL       what every run starts from (default: smollm2)
     --seeds N           seeds 0 to N-1 of every loss (default: 3)
@@ -192,11 +193,20 @@ def prepared(data: str, test: str | None, model: str, names: Sequence[str], dire
 
 
 def best_and_worst(example: Any) -> list[Any]:
-    """A ranked row's best answer as a good one and its worst as a bad one."""
+    """A ranked row's best answer as a good one and its worst as a bad one, rated 1 and 0 unless they have scores."""
     order = sorted(example.responses, key=lambda r: r.rank or 0)
+    found = [(order[0], True), (order[-1], False)]
+    unscored = any(r.score is None for r, _ in found)
     return [
-        dataclasses.replace(example, responses=(dataclasses.replace(r, rank=None, label=label, failure=None),))
-        for r, label in ((order[0], True), (order[-1], False))
+        dataclasses.replace(
+            example,
+            responses=(
+                dataclasses.replace(
+                    r, rank=None, label=label, score=float(label) if unscored else r.score, failure=None
+                ),
+            ),
+        )
+        for r, label in found
     ]
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from posttrain.errors import ConfigError, suggest
 from posttrain.registry import METHODS, RECIPES, Registry
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 def list_names(kind: str = "all", /) -> None:
     """List recipes, methods, algorithms, kinds of reward models, losses and objectives; KIND is one of these words.
 
-    Of a loss it says the formula, what it needs beside the policy's own numbers ("whole step": its value depends on the
-    other rows), and the paper.
+    Of a loss it says what it needs beside the policy's own log-probabilities ("whole step": its value depends on the other
+    rows), what data it learns from, the formula and the paper. Pairs are rows of prompt, chosen and rejected, or rankings
+    (prompt and completions, best first); lists are rankings; scores stand beside answers, or come of `posttrain label`.
     """
     if kind not in (*KINDS, "all"):
         raise ConfigError(f"unknown kind '{kind}'; {suggest(kind, KINDS)}")
@@ -58,18 +59,48 @@ def _function_grid(title: str, kind: str, registry: Registry) -> Grid:
 
 
 def loss_grids() -> Iterator[Grid]:
-    """Yield a table for each registry of losses: name, what it needs, formula and paper."""
+    """Yield a table for each registry of losses: name, what it needs and learns from, formula and paper."""
     from posttrain.evals.grids import Grid
 
     for registry in loss_registries():
         rows = []
         for name in sorted(registry):
             facts = registry.facts(name)
-            needs = [*facts.get("needs", ()), *(["whole step"] if facts.get("coupled") else [])]
+            cell = "\n".join(filter(None, (", ".join(needed(facts)) or "–", learns_from(registry, name))))
             paper = facts.get("paper") or source(registry[name])
-            rows.append((name, ", ".join(needs) or "–", "\n".join(filter(None, (summary(registry[name]), paper)))))
-        title = f"{registry.kind}{'es' if registry.kind.endswith('s') else 's'}".capitalize()
-        yield Grid(title=title, header=("loss", "needs", "formula and paper"), rows=tuple(rows), left=(0, 1, 2))
+            rows.append((name, cell, "\n".join(filter(None, (summary(registry[name]), paper)))))
+        learns = "\nlearns from" if registry.data else ""
+        header = ("loss", f"needs{learns}", "formula and paper")
+        yield Grid(title=plural(registry.kind), header=header, rows=tuple(rows), left=(0, 1, 2))
+
+
+WORDS = {
+    "written": "format mask",
+    "kl": "each token's KL to the reference",
+    "kl_to_other": "the reference's distribution",
+    "sum_p2": "each token's distribution",
+    "ref_entropy": "the reference's entropy",
+    "value": "value network",
+}
+"""What a loss needs, where its name would not say it."""
+
+
+def needed(facts: Mapping[str, Any]) -> list[str]:
+    """What a loss needs beside the policy's own log-probabilities, in words, of its facts."""
+    names = [*facts.get("needs", ()), *facts.get("reads", ())]
+    return [*(WORDS.get(name, name) for name in names), *(["whole step"] if facts.get("coupled") else [])]
+
+
+def learns_from(registry: Registry, name: str) -> str:
+    """The shape of the data that a loss learns from; nothing where its registry has none."""
+    scores = registry.facts(name).get("scores", "rank")
+    return registry.data + (f" with {scores}s" if scores != "rank" and registry.data else "")
+
+
+def plural(kind: str) -> str:
+    """A kind as the title of a table, in the plural: "KL penalties"."""
+    ending = {"s": "es", "y": "ies"}.get(kind[-1], "s")
+    return kind[0].upper() + (kind[:-1] if ending == "ies" else kind)[1:] + ending
 
 
 def loss_registries() -> list[Registry]:
@@ -104,7 +135,7 @@ def summary(item: object) -> str:
 
 def source(item: object) -> str:
     """Return what a docstring names after ``Source:``, to the end of the line; nothing if it names none."""
-    return (inspect.getdoc(item) or "").partition("Source: ")[2].partition("\n")[0]
+    return (inspect.getdoc(item) or "").partition("Source: ")[2].partition("\n")[0].replace("`", "")
 
 
 def algorithm_grids() -> Iterator[Grid]:

@@ -21,12 +21,17 @@ class Registry(Mapping[str, Any]):
         kind: what it holds, for error messages ("recipe", "preference loss").
         lazy: names to import strings, so that listing imports nothing.
         ambiguous: names that mean several things, to the candidates; asking for one is an error that lists them.
+        data: what its functions learn from, for lists ("pairs").
     """
 
     def __init__(
-        self, kind: str, lazy: dict[str, str] | None = None, ambiguous: Mapping[str, str] | None = None
+        self,
+        kind: str,
+        lazy: dict[str, str] | None = None,
+        ambiguous: Mapping[str, str] | None = None,
+        data: str = "",
     ) -> None:
-        self.kind = kind
+        self.kind, self.data = kind, data
         self._ambiguous = dict(ambiguous or {})
         self._items: dict[str, Any] = dict(lazy or {})
         self._facts: dict[str, Mapping[str, Any]] = {}
@@ -110,7 +115,8 @@ def load_object(path: str) -> Any:
 AMBIGUOUS = {
     "rpo": "iterative_rpo (reasoning: DPO and likelihood), reward_aware_po, reward_aware_po_model_target, "
     "reward_aware_po_squared or reward_aware_po_k (score gaps as targets), dpo_nll (DPO held by likelihood)",
-    "spo": "sppo or sppo_hard (win rates as targets), or rewards by posttrain.losses.games.self_play_reward",
+    "spo": "sppo or sppo_hard (win rates as targets), or the self-play scores that `posttrain label --reward MODULE:COMPARISON` "
+    "gives, with any method that reads scores",
     "dro": "dro_v (scalar rewards with a value network), robust_dpo (labels flipped at a known rate)",
 }
 """Names that papers share, with the methods that they may mean."""

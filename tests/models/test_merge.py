@@ -214,7 +214,7 @@ def test_the_wider_dtype_is_kept():
         ),
         ("ema", [[1.0], [2.0]], {"weights": (0.5, 0.5)}, r"'ema' takes no weights: what counts is the order and rate"),
         ("ema", [[1.0], [2.0]], {"rate": 1.5}, r"got rate=1.5; expected 0 to 1"),
-        ("slerp", [[1.0], [2.0]], {}, r"'slerp' merges what models learnt since a base; name the base"),
+        ("slerp", [[1.0], [2.0]], {}, r"'slerp' merges what models learnt since a base; name it \(--base MODEL\)"),
         ("ties", [[1.0]], {"density": 0.0}, r"got density=0; expected more than 0, at most 1"),
         ("dare", [[1.0]], {"drop": 1.0, "base": [0.0]}, r"got drop=1; expected 0 or more, less than 1"),
         ("average", [[1.0]], {"speed": 1.0}, r"merge method 'average' has no option 'speed'"),

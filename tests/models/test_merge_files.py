@@ -64,6 +64,13 @@ def test_a_merged_directory_opens_in_transformers(two, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "out"]
 
 
+def test_where_a_model_came_from_is_no_part_of_its_shape(two, tmp_path):
+    other = shutil.copytree(two[1], tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"_model_name_or_path": "a", "_name_or_path": "b"}))
+    assert merge("average", [two[0], str(other)], tmp_path / "out")["parity"]["largest"] < 1e-5
+
+
 @pytest.mark.parametrize(
     ("method", "options"), [("slerp", {}), ("warp", {"eta": 0.4}), ("ties", {"density": 0.3}), ("dare", {"drop": 0.5})]
 )

@@ -29,6 +29,7 @@ from posttrain.losses.unpaired import Labelled, Valued, unpaired_losses, valued_
 from posttrain.registry import Registry, load_object
 
 __all__ = [
+    "LOSSES",
     "ExploredPairs",
     "Labelled",
     "PairLogps",
@@ -55,28 +56,31 @@ __all__ = [
 ]
 
 
+LOSSES = (
+    preference,
+    token_losses,
+    scored_losses,
+    explored_losses,
+    listwise_losses,
+    unpaired_losses,
+    valued_losses,
+)
+"""The mappings of preference losses, by what they learn from."""
+
+
 def find_loss(loss: str | Callable[..., Any]) -> Registry:
     """The mapping that holds a loss, by its name, by ``module:function``, or the function itself; pairs' if none does.
 
     Raises:
         ConfigError: an unknown name, or one that several methods share.
     """
-    kinds = (
-        preference,
-        token_losses,
-        scored_losses,
-        explored_losses,
-        listwise_losses,
-        unpaired_losses,
-        valued_losses,
-    )
     if isinstance(loss, str) and ":" not in loss:
-        for kind in kinds:
+        for kind in LOSSES:
             if loss in kind:
                 return kind
         preference.refuse_ambiguous(loss)
         raise ConfigError(
-            f"unknown preference loss '{loss}'; {suggest(loss, [name for kind in kinds for name in kind])}"
+            f"unknown preference loss '{loss}'; {suggest(loss, [name for kind in LOSSES for name in kind])}"
         )
     function = load_object(loss) if isinstance(loss, str) else loss
-    return next((kind for kind in kinds if kind.facts(function)), preference)
+    return next((kind for kind in LOSSES if kind.facts(function)), preference)

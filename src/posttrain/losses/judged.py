@@ -10,8 +10,8 @@ from torch.nn.functional import logsigmoid
 from posttrain.losses.preference import PairLogps, dpo, margin
 from posttrain.registry import Registry
 
-scored_losses = Registry("scored preference loss")
-explored_losses = Registry("exploring preference loss")
+scored_losses = Registry("scored preference loss", data="pairs")
+explored_losses = Registry("exploring preference loss", data="fresh samples")
 
 RPO = "Nvidia 2024, Nemotron-4 340B, arXiv 2406.11704; Sun et al. 2025, Reward-aware preference optimization, arXiv 2502.00203"
 

@@ -16,7 +16,7 @@ from posttrain.losses.preference import positive
 from posttrain.ops.masked import segment_sum
 from posttrain.registry import Registry
 
-listwise_losses = Registry("listwise loss")
+listwise_losses = Registry("listwise loss", data="lists")
 
 
 @dataclass(frozen=True, kw_only=True)

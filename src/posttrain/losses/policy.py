@@ -11,7 +11,7 @@ from torch import Tensor
 from posttrain.errors import ConfigError
 from posttrain.registry import Registry
 
-policy_losses = Registry("policy loss")
+policy_losses = Registry("policy loss", data="fresh samples")
 """Every loss; the fact ``needs`` names what it reads beside the policy's own numbers."""
 
 

@@ -29,7 +29,7 @@ from torch.nn.functional import logsigmoid
 from posttrain.errors import ConfigError
 from posttrain.registry import AMBIGUOUS, Registry
 
-preference = Registry("preference loss", ambiguous=AMBIGUOUS)
+preference = Registry("preference loss", ambiguous=AMBIGUOUS, data="pairs")
 
 
 @dataclass(frozen=True, kw_only=True)

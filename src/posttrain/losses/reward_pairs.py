@@ -16,7 +16,7 @@ from posttrain.errors import ConfigError
 from posttrain.losses.preference import positive
 from posttrain.registry import Registry
 
-reward_losses = Registry("reward loss")
+reward_losses = Registry("reward loss", data="pairs")
 
 
 @dataclass(frozen=True, kw_only=True)

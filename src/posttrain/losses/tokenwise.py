@@ -17,7 +17,7 @@ from posttrain.errors import ConfigError
 from posttrain.losses.preference import PairLogps, dpo, ipo_sum, lengths, margin
 from posttrain.registry import Registry
 
-token_losses = Registry("token-level preference loss")
+token_losses = Registry("token-level preference loss", data="pairs")
 
 
 @dataclass(frozen=True, kw_only=True)

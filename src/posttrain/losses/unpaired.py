@@ -17,8 +17,8 @@ from posttrain.errors import ConfigError
 from posttrain.losses.preference import positive
 from posttrain.registry import Registry
 
-unpaired_losses = Registry("unpaired loss")
-valued_losses = Registry("valued loss")
+unpaired_losses = Registry("unpaired loss", data="labelled answers")
+valued_losses = Registry("valued loss", data="rated answers")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -228,7 +228,7 @@ def merged(
     facts = merges.facts(method)
     shares = checked_weights(method, len(parts), weights, facts.get("weights", True))
     if "base" in facts.get("needs", ()) and base is None:
-        raise ConfigError(f"'{method}' merges what models learnt since a base; name the base")
+        raise ConfigError(f"'{method}' merges what models learnt since a base; name it (--base MODEL)")
     require_names(parts, base)
     least: tuple[float, ...] = ()
     if facts.get("trims"):

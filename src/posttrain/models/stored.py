@@ -215,7 +215,7 @@ def tokenizer_hash(model: Stored) -> str:
     return digest.hexdigest()
 
 
-IGNORED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "bos_token_id", "eos_token_id")
+IGNORED = ("transformers_version", "dtype", "torch_dtype", "use_cache", "bos_token_id", "eos_token_id")
 """Fields of a configuration that don't change what the network computes."""
 
 
@@ -229,6 +229,8 @@ def require_same_network(models: Sequence[Stored]) -> None:
     ignored = {*IGNORED, *(() if first.kind is AutoModelForSequenceClassification else ("pad_token_id",))}
     for other in models[1:]:
         for key in sorted((first.config.keys() | other.config.keys()) - ignored):
+            if key.endswith("name_or_path"):  # where a model came from
+                continue
             if first.config.get(key) != other.config.get(key):
                 got = f"{first.config.get(key)!r} in '{first.path}', {other.config.get(key)!r} in '{other.path}'"
                 raise ModelError(f"config.json, field '{key}': {got}; only models of one shape can be merged")

@@ -24,4 +24,4 @@ def laptop(name: str, loss: str, reward: str) -> Recipe:
         max_new_tokens=64,
         cut_score=-1.0,  # an answer without its end is worth less than a demonstration
     )
-    return Recipe(f"train-{name}", {name: stage}, f"{loss} on fresh samples")
+    return Recipe(f"train-{name}", {name: stage}, "preferences among fresh samples")

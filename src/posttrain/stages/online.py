@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from posttrain.errors import ConfigError
 from posttrain.stages.base import PARAMETERS, Plan, Stage
-from posttrain.stages.training import Training
+from posttrain.stages.training import Training, merged_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class PreferOnline(Training):
 
     def loss_options(self) -> dict[str, float]:
         """The loss's keyword arguments that are not left to its defaults."""
-        return dict(self.options) | ({} if self.beta is None else {"beta": self.beta})
+        return merged_options(self.options, self.beta)
 
     def check(self) -> None:
         """Also refuse a loss that is not known or learns from something else, or a number of samples that it can't use."""
@@ -68,7 +68,10 @@ class PreferOnline(Training):
         kind = find_loss(self.loss)
         kind.bound(self.loss, self.loss_options())
         if kind is valued_losses:
-            raise ConfigError(f"'{self.loss}' expects rewards by a value network; use the stage PreferLabelled")
+            raise ConfigError(
+                f"'{self.loss}' learns a value network from answers with ratings, not from fresh samples: "
+                f"`posttrain train {self.loss} --data FILE`, the stage PreferLabelled"
+            )
         if kind.facts(self.loss).get("opponent") and self.samples_per_prompt != 2:
             raise ConfigError(
                 f"'{self.loss}' compares one sample with one of its opponent's: got "

@@ -172,6 +172,15 @@ class TrainReward(Training):
         return Plan(rows=rows, tokens=tokens, flops=self.step_flops(tokens), memory=self.weights() + self.working())
 
 
+def merged_options(options: Mapping[str, float], beta: float | None) -> dict[str, float]:
+    """A loss's options with its scale, which has a field of its own; refuses one that is given in both places."""
+    if beta is not None and "beta" in options:
+        raise ConfigError(
+            f"got beta={beta:g} and beta={options['beta']:g} among the loss's options; give it once, as beta"
+        )
+    return dict(options) | ({} if beta is None else {"beta": beta})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Prefer(Training):
     """Preference optimisation on pairs or rankings (Rafailov et al. 2023, appendix B: batch 64, lr 1e-6, 150 steps of warm-up).
@@ -200,7 +209,7 @@ class Prefer(Training):
 
     def loss_options(self) -> dict[str, float]:
         """The loss's keyword arguments that are not left to its defaults."""
-        return dict(self.options) | ({} if self.beta is None else {"beta": self.beta})
+        return merged_options(self.options, self.beta)
 
     def check(self) -> None:
         """Also refuse a loss that is not known or learns from other data, or an option that it does not have."""

@@ -48,7 +48,9 @@ def arrange(objective: Any, scores: Sequence[float | None], *, compared: bool = 
         ConfigError: a loss that learns from something else.
     """
     if objective.registry is valued_losses:
-        raise ConfigError(f"'{objective.loss}' expects rewards by a value network; use the stage PreferLabelled")
+        raise ConfigError(
+            f"'{objective.loss}' learns a value network from answers with ratings; use the stage PreferLabelled"
+        )
     known = [k for k, s in enumerate(scores) if s is not None]
     given = [float(s) for s in scores if s is not None]
     if opponent(objective) and len(known) < len(scores):
