@@ -132,8 +132,7 @@ def evaluate(stage: EvaluateQuark, ctx: Context) -> None:
     begun = start_from(stage.reference, ctx, "reference")
     dtype = choose_dtype(stage.dtype, begun.path)
     place = str(ctx.inputs["policy"])
-    vocabulary = load_tokenizer(place).get_vocab()
-    tokens = [vocabulary[n] for k in range(len(vocabulary)) if (n := NAME.format(k)) in vocabulary]
+    tokens = reward_tokens(place)
     examples = load_examples(stage, ctx, "heldout_prompts")[: stage.prompts]
     ids = prompt_ids(begun.tokenizer, examples, max_length=2048)[0]
     judge = reward_of(stage.reward, ctx, dtype=dtype, max_tokens=stage.max_tokens, tokenizer=begun.tokenizer)
@@ -168,6 +167,20 @@ def evaluate(stage: EvaluateQuark, ctx: Context) -> None:
     )
     ctx.console.print(f"rank correlation of token and mean score: {rho:+.2f}", highlight=False)
     sections.write_results(results | {"bin_means": means, "rank_correlation": rho}, ctx.dir / "results.json")
+
+
+def reward_tokens(directory: str) -> list[int]:
+    """The ids of a model's reward tokens, the best first.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    vocabulary, found = load_tokenizer(directory).get_vocab(), list[int]()
+    while (name := NAME.format(len(found))) in vocabulary:
+        found.append(vocabulary[name])
+    if not found:
+        raise ConfigError(f"'{directory}' has no reward tokens; expected a model that the stage Quark wrote")
+    return found
 
 
 def completions_of(
