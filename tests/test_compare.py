@@ -66,8 +66,11 @@ def test_every_loss_is_an_ordinary_run_on_the_same_rows(folder: Path, found, cap
 
 
 def test_single_answers_are_the_best_and_the_worst_of_a_row():
+    def answer(text, rank, score):
+        return Response(messages=(Message(role="assistant", content=text),), rank=rank, score=score)
+
     def row(*scores):
-        answers = tuple(Response(text=f"answer {k}", rank=k, score=s) for k, s in enumerate(scores))
+        answers = tuple(answer(f"answer {k}", k, s) for k, s in enumerate(scores))
         return Example(prompt=(Message(role="user", content="say"),), responses=answers)
 
     def told(example):

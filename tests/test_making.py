@@ -214,7 +214,7 @@ def test_answers_are_generated_by_name(folder):
         ("generate --model small --data nothing", "unknown data 'nothing'"),
         (
             "train online_dpo --reward builtins:len --model small --data smallworld --loss dro_v",
-            "'dro_v' expects rewards by a value network",
+            "'dro_v' learns a value network from answers with ratings",
         ),
         (
             "train xpo --reward builtins:len --model small --data smallworld --samples-per-prompt 3",

@@ -120,7 +120,7 @@ def test_scores_that_order_nothing(loss, scores):
 
 
 def test_a_loss_of_rewards_is_refused():
-    with pytest.raises(ConfigError, match="'dro_v' expects rewards by a value network"):
+    with pytest.raises(ConfigError, match="'dro_v' learns a value network from answers with ratings"):
         arrange(objective("dro_v"), [1.0, 2.0])
 
 
