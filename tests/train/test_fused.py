@@ -28,6 +28,7 @@ ROWS = random_rows(1, [(3, [4]), (2, [6]), (5, [3]), (4, [2, 3])])
 
 def reinforce(directory, optim, dtype, **changes):
     models = {"policy": role(0, dtype=dtype), "value": role(1, scalar=True, dtype=dtype)}
+    models["value"].scalar.float()  # as heads of scores are loaded
     source = rollouts(models["policy"], role(0, trained=False, dtype=dtype), models["value"])
     run = run_in(directory, save_every=3, **changes)
     fit(models, PolicyGradient(ratio_tolerance=10.0), source, optim=optim, run=run)  # bf16 rounds a lot
