@@ -7,7 +7,7 @@ import json
 import pytest
 
 from posttrain.cli import main
-from posttrain.registry import RECIPES
+from posttrain.registry import METHODS, RECIPES
 
 
 def test_chatglm_starts_at_zero_and_keeps_old_answers(tmp_path, monkeypatch):
@@ -33,3 +33,4 @@ def test_what_stands_beside_ppo_in_the_recipes():
     chatglm, instruct = (RECIPES[name]().stages["reinforce"] for name in ("chatglm_rlhf", "instructgpt"))
     assert (chatglm.against_start, chatglm.fused, chatglm.ptx, chatglm.cut_score) == (1, True, 0.5, None)
     assert (instruct.ptx, instruct.ptx_share, instruct.against_start, instruct.fused) == (0.1, 0.1, 0, False)
+    assert METHODS["ppo"]("a directory").stages["ppo"].ptx == 0  # its prompts need no answers

@@ -174,6 +174,63 @@ def parted_run(seed: int, folder: Path) -> dict[str, Any]:
 WHAT = {"kept": kept_run, "parted": parted_run}
 
 
+def over_prompts(lines: list[dict[str, Any]], value: Any) -> str:
+    """A mean over the probe's requests of all seeds, with its 95 % interval by request and seed."""
+    rows = np.concatenate([value(line) for line in lines])
+    found = cluster_bootstrap(rows, np.arange(len(rows)))
+    return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """What was measured, as a page's tables."""
+    mine = [line for line in lines if line["what"] == "kept"]
+    out = [
+        "| seed | relative reward before any update [95 %] | reward there | variance, relative | variance of the reward |",
+        "|---|---|---|---|---|",
+    ]
+    for x in mine:
+        s = x["start"]
+        out.append(
+            f"| {x['seed']} | {s['mean']:+.3f} [{s['low']:+.3f}, {s['high']:+.3f}] | {s['raw_mean']:+.3f} | {x['variance']:.3f} "
+            f"| {x['raw_variance']:.3f} |"
+        )
+    out += [
+        "",
+        "| seed | policy | reward, held out | gold | nats a token of right answers | KL |",
+        "|---|---|---|---|---|---|",
+    ]
+    for x in mine:
+        for name in ("sft", *ARMS):
+            a = x[name]
+            kl = f"{a['kl']:.1f}" if "kl" in a else ""
+            out.append(f"| {x['seed']} | {name} | {a['reward']:+.3f} | {a['gold']:.3f} | {a['nll']:.3f} | {kl} |")
+    if mine:
+        rises = lambda name: lambda x: np.array(x[name]["rows"]) - np.array(x["sft"]["rows"])  # noqa: E731
+        out += ["", "| rise of nats a token over the start, all seeds | |", "|---|---|"]
+        out += [f"| {name} | {over_prompts(mine, rises(name))} |" for name in ARMS]
+        for name in ("ptx", "chatglm"):
+            spared = lambda x, name=name: np.array(x["plain"]["rows"]) - np.array(x[name]["rows"])  # noqa: E731
+            half = lambda x, name=name: rises("plain")(x) / 2 - rises(name)(x)  # noqa: E731
+            out.append(f"| plain less {name} | {over_prompts(mine, spared)} |")
+            out.append(f"| half of plain's less {name} | {over_prompts(mine, half)} |")
+            gains = [np.mean([x[k]["reward"] - x["sft"]["reward"] for x in mine]) for k in (name, "plain")]
+            out.append(f"| {name}: share of plain's gain in reward | {gains[0] / gains[1]:.2f} |")
+    out += [
+        "",
+        "| seed | proxy | first and last 5: proxy | gold | KL at the end | alarms at steps |",
+        "|---|---|---|---|---|---|",
+    ]
+    for x in (line for line in lines if line["what"] == "parted"):
+        for proxy in ("flawed", "honest"):
+            ends = [
+                f"{np.mean(x[proxy][k][:5]):.2f} to {np.mean(x[proxy][k][-5:]):.2f}"
+                for k in ("reward/mean", "gold/reward")
+            ]
+            kl, alarms = x[proxy]["kl/mean"][-1], ", ".join(map(str, x[proxy]["alarms"])) or "none"
+            out.append(f"| {x['seed']} | {proxy} | {ends[0]} | {ends[1]} | {kl:.1f} | {alarms} |")
+    return "\n".join(out)
+
+
 def main() -> None:
     """Make what is missing."""
     parser = argparse.ArgumentParser()
@@ -182,10 +239,10 @@ def main() -> None:
     parser.add_argument("--pilot", action="store_true", help="print and keep nothing")
     given = parser.parse_args()
     deterministic_kernels()
-    known = {(r["what"], r["seed"]) for r in kept.read(NAME)}
+    known = set[Any]() if given.pilot else {(r["what"], r["seed"]) for r in kept.read(NAME)}
     for seed in given.seeds:
         for what in given.what:
-            if (what, seed) in known and not given.pilot:
+            if (what, seed) in known:
                 continue
             began = time.process_time()
             with tempfile.TemporaryDirectory() as folder:
@@ -197,7 +254,9 @@ def main() -> None:
                 "threads": kept.threads(),
                 **found,
             }
-            print(json.dumps(record)) if given.pilot else kept.append(NAME, record)
+            print(table([record])) if given.pilot else kept.append(NAME, record)
+    if not given.pilot:
+        print(table(kept.read(NAME)))
 
 
 if __name__ == "__main__":
