@@ -9,14 +9,15 @@ from numbers import Real
 from typing import Any, Protocol
 
 from posttrain.errors import RewardError
-from posttrain.types import Example
+from posttrain.types import Example, Message
 
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
     """One sampled response, as text for functions and judges and as ids for models.
 
-    ``group`` is the index of its prompt in the step; ``truncated`` = ended by length.
+    ``group`` is the index of its prompt in the step; ``truncated`` = ended by length. Of a conversation with an environment,
+    ``text`` is the policy's last turn and ``turns`` are all of them after the prompt.
     """
 
     example: Example
@@ -25,6 +26,7 @@ class Completion:
     ids: tuple[int, ...]
     truncated: bool
     group: int
+    turns: tuple[Message, ...] = ()
 
 
 @dataclass(frozen=True)

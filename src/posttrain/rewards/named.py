@@ -90,6 +90,14 @@ def thought() -> Reward:
     return tagged.thought()
 
 
+@REWARDS.register("supported")
+def supported() -> Reward:
+    """1 where such an answer is right and stands in what an environment answered; a right guess scores 0."""
+    from posttrain.rewards import tagged
+
+    return tagged.supported()
+
+
 @REWARDS.register("code")
 def code() -> Reward:
     """1 where a program passes all tests of its target, in a sandbox."""

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from posttrain.data.reasoning import KEY
-from posttrain.rewards.answers import verified
+from posttrain.errors import RewardError
+from posttrain.rewards.answers import normal, verified
 from posttrain.rewards.base import Completion, Reward, Score, weighted_sum
 from posttrain.rewards.combine import when
 from posttrain.rewards.reasoning import reasoning_gym, said
@@ -29,6 +30,41 @@ def accuracy() -> Reward:
     """
     by_target = of_text(lambda c: None if c.example.target is None else verified(c.example.target, said(c.text)))
     return when(lambda e: KEY in e.meta, whole(reasoning_gym()), by_target)
+
+
+def supported() -> Reward:
+    """1 where the answer is right and stands in what an environment answered, as whole words; a right guess scores 0.
+
+    Whether it was right, whether it was supported and whether anything was looked up are logged apart.
+
+    Raises (when called):
+        RewardError: no response had an environment.
+    """
+    right = accuracy()
+
+    def reward(completions: Sequence[Completion]) -> list[Score]:
+        if completions and not any(c.turns for c in completions):
+            raise RewardError(
+                "reward 'supported' reads what an environment answered; got none, give one with environment"
+            )
+        out: list[Score] = []
+        for c, score in zip(completions, right(completions), strict=True):
+            answers = [normal(m.content) for m in c.turns if m.role != "assistant"]
+            wanted = normal(said(c.text))
+            found = float(bool(wanted) and any(f" {wanted} " in f" {text} " for text in answers))
+            parts = {"supported": found, "looked": float(bool(answers))}
+            known = {} if score.value is None else {"accuracy": score.value}
+            out.append(Score(None if score.value is None else score.value * found, known | parts))
+        return out
+
+    return reward
+
+
+def finished(prompt: str, answer: str) -> float:
+    """1 where an answer has words, ends as a sentence does and keeps no tags, else 0: a rule for prompts that no program checks."""
+    del prompt
+    said = answer.strip()
+    return float(said[-1:] in (".", "?", "!") and any(c.isalpha() for c in said) and "<" not in said)
 
 
 def whole(reward: Reward) -> Reward:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 Row = dict[str, Any]
-"""A completion: ``prompt``, ``completion``, ``truncated``, ``group``, ``target`` (or None), ``meta``."""
+"""A completion: ``prompt``, ``completion``, ``truncated``, ``group``, ``target`` (or None), ``meta``, ``turns``."""
 
 
 def main() -> None:

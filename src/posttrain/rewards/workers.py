@@ -212,6 +212,7 @@ def described(c: Completion) -> dict[str, Any]:
         "group": c.group,
         "target": asdict(c.example.target) if c.example.target else None,
         "meta": dict(c.example.meta),
+        "turns": [(m.role, m.content) for m in c.turns],
     }
 
 

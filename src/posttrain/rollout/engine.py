@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from posttrain.errors import ConfigError
+from posttrain.types import Message
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,42 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Rollout:
-    """What was sampled: ids (stop token included) and the log-probability in nats of each under the sampled distribution."""
+    """What was sampled: ids (stop token included) and the log-probability in nats of each under the sampled distribution.
+
+    Of a conversation with an environment, ``sampled`` says which of the tokens the policy sampled (empty = all of them) and
+    ``turns`` what was said, the policy's last turn last.
+    """
 
     request: Request
     ids: tuple[int, ...]
     logp: tuple[float, ...]
     stopped: bool
+    sampled: tuple[bool, ...] = ()
+    turns: tuple[Message, ...] = ()
 
     @property
     def truncated(self) -> bool:
         """Ended by length and not by a stop token."""
         return not self.stopped
+
+    @property
+    def own(self) -> tuple[bool, ...]:
+        """Whether the policy sampled each token."""
+        return self.sampled or (True,) * len(self.ids)
+
+
+def kept_rollout(rollout: Rollout) -> list[Any]:
+    """A rollout as JSON has it, without its request."""
+    turns = [(m.role, m.content) for m in rollout.turns]
+    return [rollout.ids, rollout.logp, rollout.stopped, *([rollout.sampled, turns] if turns else [])]
+
+
+def read_rollout(request: Request, kept: Sequence[Any]) -> Rollout:
+    """What `kept_rollout` made."""
+    ids, logp, stopped, *more = kept
+    sampled, turns = more or ((), ())
+    said = tuple(Message(role=role, content=content) for role, content in turns)
+    return Rollout(request, tuple(ids), tuple(logp), stopped, tuple(sampled), said)
 
 
 class Engine(Protocol):

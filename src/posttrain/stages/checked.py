@@ -17,7 +17,8 @@ WHERE = ("all", "checked", "open")
 class EvaluateTask(Stage):
     """What policies score by a reward on prompts that were not trained on, in order of training, with each part of the score.
 
-    ``samples`` answers a prompt are drawn at ``temperature``, the same draws for every policy. Writes ``results.json``.
+    ``samples`` answers a prompt are drawn at ``temperature``, the same draws for every policy; with an ``environment``
+    (`posttrain.rollout.environment`) conversations. Writes ``results.json``.
     """
 
     WORK: ClassVar[str] = "posttrain.work.evaluate_task:run"
@@ -27,6 +28,7 @@ class EvaluateTask(Stage):
     policies: tuple[Stage, ...]
     reward: Stage | str
     data: str = "sums"
+    environment: str | None = None
     prompts: int | None = None
     samples: int = 4
     temperature: float = 1.0

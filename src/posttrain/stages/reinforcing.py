@@ -29,6 +29,9 @@ class Reinforce(Training):
     trainer (`posttrain.losses.shaping`). Where the KL of a rollout exceeds ``max_kl`` (nats a sequence) the stage stops,
     says why, and keeps the last checkpoint below it. Writes the policy (an adapter for peft, or a model directory).
 
+    ``environment`` (`posttrain.rollout.environment`, or ``module:object``) answers the policy's turns, each of at most
+    ``max_new_tokens``, until it has nothing to say; what it answers is read and not trained.
+
     ``ptx`` is the weight of the likelihood, nats a token, of demonstrations that the policy must not forget: those of ``ptx_data`` (None:
     of ``data``), ``ptx_share`` rows for each response that a step trains. In the first ``value_warmup`` rollouts only the critic
     learns. With ``ema`` the average of the policy's weights over updates, of that decay an update, is what is written.
@@ -76,6 +79,7 @@ class Reinforce(Training):
     rounds: int | None = None
     mismatch: str | None = None
     max_kl: float | None = None
+    environment: str | None = None
     ptx: float = 0.0
     ptx_data: str | Stage | None = None
     ptx_share: float = 8.0
@@ -160,6 +164,8 @@ class Reinforce(Training):
 
         row = self.row()
         policy_losses.bound(row.loss, row.options)
+        if self.environment is not None:
+            self._check_environment(row)
         if self.mismatch is not None:
             mismatch_weights.bound(self.mismatch, {})
         known = keyword_defaults(advantages[row.advantage])
@@ -174,6 +180,18 @@ class Reinforce(Training):
                 "use posttrain.train.rollouts.RolloutSource with a reward that does, or another algorithm"
             )
         super().check()
+
+    def _check_environment(self, row: Algorithm) -> None:
+        """Refuse an environment that can't be, or beside what counts one response."""
+        from posttrain.rollout.environment import find_environment
+
+        find_environment(str(self.environment))
+        if row.numbers["overlong_share"] or self.against_start or "greedy" in row.needs:
+            raise ConfigError(
+                f"got environment='{self.environment}' with overlong_share={row.numbers['overlong_share']:g}, "
+                f"against_start={self.against_start} and {self.algorithm}; expected neither (overlong_share 0, against_start 0), "
+                "and an algorithm without a greedy response: they are of one turn"
+            )
 
     def files(self) -> list[Path]:
         """Also those of the text that is kept and of the gold reward."""

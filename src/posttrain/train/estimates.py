@@ -14,6 +14,7 @@ from posttrain.losses.advantages import Returns, gae, token_reward, whitened_gae
 from posttrain.ops.masked import masked_mean, segment_sum, to_padded, whiten
 from posttrain.rewards.base import Completion
 from posttrain.rewards.gold import GOLD, gold_metrics
+from posttrain.rollout.engine import Rollout
 from posttrain.train.rollout_plan import Group, Plan
 
 Advantage = Callable[[Returns], Tensor]
@@ -28,14 +29,20 @@ def group_forest(groups: Sequence[Group], plan: Plan) -> tuple[Forest, Tensor]:
     live: list[bool] = []
     for group in groups:
         marks = group.live(plan)
-        live += [m for r, m in zip(group.rollouts, marks, strict=True) for _ in r.ids]
+        live += [m and own for r, m in zip(group.rollouts, marks, strict=True) for own in r.own]
         trained = [m and not (plan.mask_cut and r.truncated) for r, m in zip(group.rollouts, marks, strict=True)]
         branches = [
-            Branch(r.ids, {"sampled": [m] * len(r.ids)}, r.truncated)
+            Branch(r.ids, {"sampled": [m and own for own in r.own]}, r.truncated)
             for r, m in zip(group.rollouts, trained, strict=True)
         ]
         rows.append(Row(group.rollouts[0].request.ids, branches))
     return build_forest(rows), torch.tensor(live, dtype=torch.bool)
+
+
+def of_sampled(tokens: Mapping[str, Tensor], rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
+    """Numbers of tokens ``[M]``, 0 at those that an environment gave, so that no sum over a response counts them."""
+    own = torch.tensor([own for r in rollouts for own in r.own], dtype=torch.bool)
+    return {name: torch.where(own, values, 0.0) for name, values in tokens.items()}
 
 
 def estimate(
@@ -155,6 +162,7 @@ def records(
             "length": len(c.ids),
             "truncated": c.truncated,
             **({"parts": dict(p)} if p else {}),
+            **({"turns": [(t.role, t.content) for t in c.turns]} if c.turns else {}),
         }
         for c, s, p, m in zip(completions, scores, parts, more or [{}] * len(completions), strict=True)
     ]

@@ -16,8 +16,17 @@ from posttrain.losses.shaping import adaptive_kl, overlong_penalty
 from posttrain.models.policy import Model, forward_stats
 from posttrain.ops.masked import masked_mean
 from posttrain.rewards.base import BadScore, Completion, Reward, Score, kept_score, read_score, require_finite
-from posttrain.rollout.engine import Engine, Request, Rollout, Sampling
-from posttrain.train.estimates import Advantage, divergences, estimate, group_forest, records, rollout_metrics, updates
+from posttrain.rollout.engine import Engine, Request, Rollout, Sampling, kept_rollout, read_rollout
+from posttrain.train.estimates import (
+    Advantage,
+    divergences,
+    estimate,
+    group_forest,
+    of_sampled,
+    records,
+    rollout_metrics,
+    updates,
+)
 from posttrain.train.journal import Journal
 from posttrain.train.rollout_plan import Group, Plan
 from posttrain.train.signs import signs
@@ -230,11 +239,11 @@ class RolloutSource:
         """One response a request, from the journal if they are there."""
 
         def generate() -> list[Any]:
-            return [(r.ids, r.logp, r.stopped) for r in self.engine.generate(requests, sampling)]
+            return [kept_rollout(r) for r in self.engine.generate(requests, sampling)]
 
         asked = stable_hash([[r.ids, r.key] for r in requests] + [vars(sampling)])
         found = self.journal.once(step, f"rollouts {asked}", generate)
-        return [Rollout(q, tuple(ids), tuple(logp), end) for q, (ids, logp, end) in zip(requests, found, strict=True)]
+        return [read_rollout(q, kept) for q, kept in zip(requests, found, strict=True)]
 
     def _completions(self, indices: Sequence[int], rollouts: Sequence[Rollout]) -> list[Completion]:
         """What the reward sees of the responses, as many to each prompt."""
@@ -242,11 +251,12 @@ class RolloutSource:
         return [
             Completion(
                 example=self.examples[indices[i // each]],
-                text=self.decode(r.ids),
+                text=r.turns[-1].content if r.turns else self.decode(r.ids),
                 prompt_ids=r.request.ids,
                 ids=r.ids,
                 truncated=r.truncated,
                 group=i // each,
+                turns=r.turns,
             )
             for i, r in enumerate(rollouts)
         ]
@@ -331,6 +341,7 @@ class RolloutSource:
             ],
         )
         tokens = {"old_logp": sampled} | {k: torch.tensor(x, dtype=wide) for k, x in zip(wanted, found, strict=True)}
+        tokens = of_sampled(tokens, rollouts)
         kl = self.coefficient(step)
         new, score = estimate(groups, plan, self.advantage, forest, live, tokens, kl)
         tokens |= new

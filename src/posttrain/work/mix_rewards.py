@@ -29,7 +29,7 @@ _HOLDS: dict[str, Callable[[Example], bool]] = {
 def run(stage: MixRewards, ctx: Context) -> None:
     """Write down which rewards there are; directories relative to this one, so that a run can be moved."""
     places = [os.path.relpath(ctx.inputs[f"rewards.{k}"], ctx.dir) for k in range(len(stage.rewards))]
-    names = [Path(place).name for place in places] + list(stage.named)
+    names = [Path(place).name for place in places] + [name.rpartition(":")[2] for name in stage.named]
     where = stage.where or ("all",) * len(names)
     parts = [
         {"name": name, "reward": reward, "weight": weight, "where": place, "directory": k < len(places)}

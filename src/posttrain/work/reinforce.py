@@ -17,6 +17,7 @@ from posttrain.models.lora import Lora, save_adapter
 from posttrain.models.policy import Model
 from posttrain.rewards.base import Reward
 from posttrain.rollout.engine import Sampling
+from posttrain.rollout.environment import find_environment
 from posttrain.rollout.local import LocalEngine
 from posttrain.stages import Context, Reinforce
 from posttrain.train.diagnose import Watch, evidence_of
@@ -29,6 +30,7 @@ from posttrain.train.optim import Optim
 from posttrain.train.policy_gradient import estimator, policy_gradient
 from posttrain.train.rollouts import Plan, RolloutSource
 from posttrain.work.beside import against_start, around, with_gold
+from posttrain.work.conversing import conversing, offered
 from posttrain.work.inputs import Start, choose_dtype, load_examples, refuse_weights, start_from
 from posttrain.work.online_merging import merged_steps
 from posttrain.work.rewarding import judge_dir, network_of, reads_ids, reward_of, scored_by
@@ -43,7 +45,8 @@ def run(stage: Reinforce, ctx: Context) -> None:
     reference = Model(policy.net) if policy.adapter else load_policy(start.path, dtype=dtype)
     reward, scorer = rewarded(stage, ctx, start, dtype)
     value = critic(stage, scorer, start.path, ctx, dtype) if "critic" in row.needs else None
-    examples = load_examples(stage, ctx, "prompts")
+    environment = None if stage.environment is None else find_environment(stage.environment)
+    examples = offered(load_examples(stage, ctx, "prompts"), environment)
     refuse_weights(examples, "reinforcement learning")
     ids, report = prompt_ids(start.tokenizer, examples, max_length=stage.max_length, overlong=stage.overlong)
     ctx.console.print(f"prompts: {report}", highlight=False)
@@ -55,7 +58,9 @@ def run(stage: Reinforce, ctx: Context) -> None:
         plan=plan(stage, ctx.seed),
         examples=examples,
         prompt_ids=ids,
-        engine=LocalEngine(policy, start.stop_ids, stage.slots),
+        engine=conversing(
+            LocalEngine(policy, start.stop_ids, stage.slots), environment, start, examples, ids, stage.max_length
+        ),
         reward=reward,
         reference=reference,
         value=value,
