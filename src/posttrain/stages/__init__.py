@@ -8,6 +8,7 @@ from posttrain.stages.closing import Evaluate, EvaluatePreference, EvaluateRewar
 from posttrain.stages.making import Generate, Label, MakePrompts, Select
 from posttrain.stages.online import PreferOnline
 from posttrain.stages.quark import EvaluateQuark, Quark
+from posttrain.stages.refining import AutoRate, Converse, Patch, Refine
 from posttrain.stages.reinforcing import Reinforce
 from posttrain.stages.safety import EvaluateSafety, RedTeam, ReinforceSafely
 from posttrain.stages.scoring import TrainScorer
@@ -15,7 +16,9 @@ from posttrain.stages.training import SFT, Prefer, PreferLabelled, Pretrain, Tra
 
 __all__ = [
     "SFT",
+    "AutoRate",
     "Context",
+    "Converse",
     "Evaluate",
     "EvaluatePreference",
     "EvaluateQuark",
@@ -28,6 +31,7 @@ __all__ = [
     "MeasurePreference",
     "Merge",
     "Overlong",
+    "Patch",
     "Plan",
     "Prefer",
     "PreferLabelled",
@@ -36,6 +40,7 @@ __all__ = [
     "Quark",
     "Recipe",
     "RedTeam",
+    "Refine",
     "Reinforce",
     "ReinforceSafely",
     "Select",
