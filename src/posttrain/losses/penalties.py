@@ -8,7 +8,8 @@ beside ``logp``. With ``d = logp - ref_logp`` of tokens that the policy sampled,
     k3  is that of the forward KL(reference || policy), although its value estimates the reverse one;
     the whole vocabulary is that of the reverse KL of the token's state, without sampling noise.
 
-All hold where the policy is the one that sampled.
+All hold where the policy is the one that sampled, at the states that it met: what a token leads to is no part of these
+gradients, as it is of that of the same KL in the reward.
 """
 
 from __future__ import annotations
