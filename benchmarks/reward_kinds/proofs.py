@@ -16,12 +16,12 @@ from posttrain.data.curation import patch_pairs
 from posttrain.data.judged_rows import conditioned, mark_steps
 from posttrain.data.mixing import keyed
 from posttrain.data.smallworld import gold, rankings, task_prompts
-from posttrain.data.smallworld_language import WORDS, Draw
+from posttrain.data.smallworld_language import NUMBERS, Draw
 from posttrain.data.views import rankings as ranked_view
 from posttrain.models.load import load_policy
 from posttrain.models.policy import Model
 from posttrain.models.small import small_path
-from posttrain.rewards.refine import Compared, disagreements, from_scorer, next_rows, noisy
+from posttrain.rewards.refine import Compare, Compared, confirmed, disagreements, from_scorer, noisy, spread_rows
 from posttrain.rewards.trained import Scorer, said
 from posttrain.rollout.engine import Request, Sampling
 from posttrain.rollout.local import LocalEngine
@@ -147,19 +147,19 @@ def hacked_below(scorer: Scorer, examples: Sequence[Example]) -> list[float]:
 # ---------------------------------------------------------------------------- process
 
 
-def chain(draw: Draw, solutions: int, wrong: float = 0.25) -> Example:
-    """Four words to write backwards, one a step, and solutions in which steps give another word; what follows an error is wrong too."""
-    words = draw.sample(WORDS, 4)
-    responses = []
+def chain(draw: Draw, solutions: int, wrong: float = 0.2) -> Example:
+    """Five numbers to count, one a step, and solutions in which steps give another number; what follows an error is wrong too."""
+    first = draw.below(len(NUMBERS) - 4)
+    right, responses = NUMBERS[first : first + 5], []
     for _ in range(solutions):
         good, steps = True, list[Step]()
-        for word in words[::-1]:
-            shown = draw.pick([w for w in words if w != word]) if draw.chance(wrong) else word
+        for k, word in enumerate(right):
+            shown = draw.pick([w for w in NUMBERS if w != word]) if draw.chance(wrong) else word
             good = good and shown == word
-            steps.append(Step(text=f"{shown}.\n", label=1 if good else -1))
-        text = "".join(s.text for s in steps).rstrip()
+            steps.append(Step(text=shown + ("." if k == 4 else " "), label=1 if good else -1))
+        text = "".join(s.text for s in steps)
         responses.append(replace(said(text), steps=tuple(steps), label=good))
-    prompt = "write backwards: " + " ".join(words)
+    prompt = f"count from {right[0]} to {right[-1]}"
     return Example(prompt=(Message(role="user", content=prompt),), responses=tuple(responses))
 
 
@@ -200,7 +200,7 @@ def process(seed: int) -> None:
 # ---------------------------------------------------------------------------- refinement
 
 
-def samples(policy: Model, seed: int, batch: int, *, prompts: int = 64, each: int = 6) -> list[Example]:
+def samples(policy: Model, seed: int, batch: int, *, prompts: int = 96, each: int = 6) -> list[Example]:
     """Fresh prompts with the policy's own answers."""
     asked = examples_of(task_prompts(prompts, seed=3000 + 10 * seed + batch))
     ids, _ = prompt_ids(TOKENIZER, asked, max_length=512)
@@ -226,10 +226,10 @@ def against_gold(scorer: Scorer, examples: Sequence[Example]) -> tuple[list[floa
     return right, cluster
 
 
-def judge_of(seed: int):
-    """Gold by more than nothing is a verdict; one in ten is turned round."""
+def judge_of(seed: int, person: int) -> Compare:
+    """Gold by more than nothing is a verdict; one in ten is turned round, each person's others."""
     score = from_scorer(lambda prompt, answer: gold(prompt, answer).total, temperature=1e-6)
-    return noisy(score, 0.1, lambda key: keyed("judge", seed, key) / 2**64)
+    return noisy(score, 0.1, lambda key: keyed("judge", seed, person, key) / 2**64)
 
 
 def refine(seed: int) -> None:
@@ -238,14 +238,15 @@ def refine(seed: int) -> None:
     policy = load_policy(str(small_path()), dtype=torch.float32)
     old = examples_of(rankings(96, seed=1000 + seed))
     model = train_ranked(new_model(seed), old, RewardModel(), epochs=2, seed=seed)
-    scorer, judge = scorer_of(model), judge_of(seed)
+    scorer = scorer_of(model)
     fresh = samples(policy, seed, 0)
     for turn in range(3):
-        found: list[Compared] = disagreements(fresh, scorer.values(fresh), judge, pairs_per_prompt=6)
-        rows = ranked_view(next_rows(fresh, found, 80))
+        found: list[Compared] = disagreements(fresh, scorer.values(fresh), judge_of(seed, 0), pairs_per_prompt=6)
+        found = confirmed(fresh, found, judge_of(seed, 1))
+        rows = ranked_view(spread_rows(fresh, found, 400))
         coming = samples(policy, seed, turn + 1)
         before, cluster = against_gold(scorer, coming)
-        replay = [old[keyed("replay", seed, turn, k) % len(old)] for k in range(80)]
+        replay = [old[keyed("replay", seed, turn, k) % len(old)] for k in range(160)]
         train_ranked(model, [*rows, *replay], RewardModel(), epochs=2, seed=seed + 10 * (turn + 1), lr=3e-4)
         after, _ = against_gold(scorer, coming)
         write(

@@ -7,7 +7,16 @@ import math
 import pytest
 
 from posttrain.errors import ConfigError
-from posttrain.rewards.refine import agreement, as_pair, confirmed, disagreements, from_scorer, next_rows, noisy
+from posttrain.rewards.refine import (
+    agreement,
+    as_pair,
+    confirmed,
+    disagreements,
+    from_scorer,
+    next_rows,
+    noisy,
+    spread_rows,
+)
 from posttrain.rewards.trained import said
 from posttrain.types import Example, Message
 
@@ -79,6 +88,14 @@ def test_rows_of_one_prompt_are_bounded():
     assert [len(next_rows(rows, found, 10, per_prompt=n)) for n in (1, 2, None)] == [2, 3, 4]
     (first, *_) = next_rows(rows, found, 10, per_prompt=1)
     assert [r.text for r in first.responses] == ["ccc", "a"]  # the most surprising of them
+
+
+def test_spread_rows_hold_as_much_agreement_as_there_is():
+    rows = [asked(f"p{k}", "a", "bbb") for k in range(9)]
+    found = disagreements(rows, [[3.0 - k, 0.0] for k in range(9)], longer)  # wrong in three of nine
+    assert [e.prompt[0].content for e in spread_rows(rows, found, 3)] == ["p0", "p3", "p6"]
+    assert len(spread_rows(rows, found, 20)) == 9 and spread_rows(rows, [], 4) == []
+    assert all([r.text for r in e.responses] == ["bbb", "a"] for e in spread_rows(rows, found, 20))
 
 
 def test_a_noisy_judge_errs_on_pairs_whatever_their_order():

@@ -125,6 +125,17 @@ def next_rows(
     return [as_pair(examples[c.example], c) for c in chosen]
 
 
+def spread_rows(examples: Sequence[Example], compared: Sequence[Compared], count: int) -> list[Example]:
+    """``count`` training pairs spread evenly from the most surprising to the least, ties left out; all if there are fewer.
+
+    Unlike `next_rows` these say what is true of the samples as they are. Pairs that all surprise teach a model that whatever
+    it is sure of is wrong.
+    """
+    decided = [c for c in compared if c.judge != 0.5]
+    most = min(count, len(decided))
+    return [as_pair(examples[c.example], c) for c in (decided[k * len(decided) // most] for k in range(most))]
+
+
 def as_pair(example: Example, compared: Compared) -> Example:
     """The two answers ranked as the judge does."""
     sure = compared.judge
