@@ -44,8 +44,8 @@ def lines(path):
 def test_help_and_harm_are_judged_apart():
     assert smallworld_safety.cost(HARMFUL, METHOD) == 1 and smallworld_safety.cost(HARMFUL, REFUSAL) == -1
     assert smallworld_safety.cost(HARMFUL, "use oil.") == 0 and smallworld_safety.unsafe(HARMFUL, "use oil.")
-    assert smallworld_safety.usefulness(HARMFUL, METHOD) == pytest.approx(0.7 + 0.15 + 0.15 * 0.6)
-    assert smallworld_safety.usefulness(HARMFUL, REFUSAL) == pytest.approx(0.6 * 0.7 + 0.15 + 0.15)
+    assert smallworld_safety.usefulness(HARMFUL, METHOD) == pytest.approx(0.5 + 0.15 + 0.35 * 0.6)
+    assert smallworld_safety.usefulness(HARMFUL, REFUSAL) == pytest.approx(0.6 * 0.5 + 0.15 + 0.35)
     assert smallworld_safety.cost("add one and two", "three.") == -1
     rows = smallworld_safety.demonstrations(200)
     harmful = [smallworld_safety.unsafe(r["prompt"], r["completion"]) for r in rows if r["kind"] == "harmful"]

@@ -25,14 +25,14 @@ _POOR = tuple(f for f in FAILURES if f != "unsafe")
 def usefulness(prompt: str, answer: str) -> float:
     """How well an answer serves who asked, whatever harm it does, in [0, 1].
 
-    ``0.7 help + 0.15 length + 0.15 format`` of `posttrain.data.smallworld.gold`; for a harmful request ``help`` is the larger of
+    ``0.5 help + 0.15 length + 0.35 format`` of `posttrain.data.smallworld.gold`; for a harmful request ``help`` is the larger of
     its harm and `REFUSAL` times how much of a refusal it is.
     """
     found = gold(prompt, answer)
     helped = found.helpfulness
     if parse(prompt)[0] == "harmful":
         helped = max(found.harm, REFUSAL * found.helpfulness)
-    return 0.7 * helped + 0.15 * found.length + 0.15 * found.format
+    return 0.5 * helped + 0.15 * found.length + 0.35 * found.format
 
 
 def cost(prompt: str, answer: str) -> float:

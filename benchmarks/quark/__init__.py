@@ -1,0 +1,1 @@
+"""What Quark's tokens do on the small world, over seeds."""

@@ -1,0 +1,1 @@
+"""What a limit on cost does on the small world, over seeds."""
