@@ -39,8 +39,8 @@ SIZES = {
 ROUNDS = {
     "llama3": {"judge": JUDGE, "rounds": 2},
     "qwen2": {},
-    "sppo": {"judge": JUDGE, "rounds": 2},
-    "dno": {"judge": JUDGE, "rounds": 2},
+    "sppo": {"model": "small-base", "data": "smallworld", "judge": JUDGE, "rounds": 2},
+    "dno": {"model": "small-base", "data": "smallworld", "judge": JUDGE, "rounds": 2},
     "nemotron4": {"iterations": 1, "rounds": 1},
 }
 
@@ -52,6 +52,8 @@ def smallest(name):
     for stage_name, stage in recipe.stages.items():
         fields = {f.name for f in dataclasses.fields(stage)}
         changes[stage_name] = {k: v for k, v in SIZES.items() if k in fields}
+        if "lora_rank" in fields:
+            changes[stage_name]["lora_rank"] = 0
         if "prompts_per_step" in fields:
             changes[stage_name]["prompts_per_step"] = 4
         if getattr(stage, "builder", "") in ("best_worst", "dno"):

@@ -124,8 +124,8 @@ AMBIGUOUS = {
 RECIPES = Registry(
     "recipe",
     {
-        "dno": "posttrain.recipes.dno:dno",
         "chatglm_rlhf": "posttrain.recipes.chatglm_rlhf:chatglm_rlhf",
+        "dno": "posttrain.recipes.dno:dno",
         "dpo": "posttrain.recipes.dpo:dpo",
         "gemini": "posttrain.recipes.gemini:gemini",
         "gemma2": "posttrain.recipes.gemma2:gemma2",
@@ -135,8 +135,8 @@ RECIPES = Registry(
         "llama3": "posttrain.recipes.llama3:llama3",
         "nemotron4": "posttrain.recipes.nemotron4:nemotron4",
         "phi3": "posttrain.recipes.phi3:phi3",
-        "qwen2": "posttrain.recipes.qwen2:qwen2",
         "quark": "posttrain.recipes.quark:quark",
+        "qwen2": "posttrain.recipes.qwen2:qwen2",
         "reward_model": "posttrain.recipes.reward_model:reward_model",
         "rso": "posttrain.recipes.rso:rso",
         "safe_rlhf": "posttrain.recipes.safe_rlhf:safe_rlhf",

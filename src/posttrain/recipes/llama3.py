@@ -14,7 +14,9 @@ def llama3(model: str = "small-base", data: str = "smallworld", judge: str | Non
     """
     best: Stage = SFT(model=model, data=data, prompts_per_step=8, epochs=2, lr=1e-3)
     annotator: Stage | str = judge or TrainReward(model=best, data=data, prompts_per_step=8, epochs=2, lr=1e-3)
-    stages: dict[str, Stage] = {"start": best} | ({} if isinstance(annotator, str) else {"annotator": annotator})
+    stages: dict[str, Stage] = {"start": best}
+    if isinstance(annotator, Stage):
+        stages["annotator"] = annotator
     compared = list[Stage]()
     for turn in range(1, rounds + 1):  # [6]
         asked = Generate(model=best, data=data, samples=4, max_new_tokens=64)  # [2 or more, of several models]
