@@ -187,11 +187,23 @@ def builder_grids() -> Iterator[Grid]:
     yield Grid(title="Builders: posttrain select DATA --builder NAME", header=header, rows=tuple(rows), left=(0, 1, 2))
 
 
+def named_grids() -> Iterator[Grid]:
+    """Yield the tables of what options name: rewards, data, environments."""
+    from posttrain.rewards.named import REWARDS
+    from posttrain.rollout.environment import ENVIRONMENTS
+    from posttrain.work.generated import DATA
+
+    yield _function_grid("Rewards: --reward NAME, or module:function", "reward", REWARDS)
+    yield _function_grid("Data: --data NAME, or a file", "data", DATA)
+    yield _function_grid("Environments: --environment NAME, or module:object", "environment", ENVIRONMENTS)
+
+
 KINDS: dict[str, Callable[[], Iterator[Grid]]] = {
     "recipes": recipe_grids,
     "methods": method_grids,
     "algorithms": algorithm_grids,
     "builders": builder_grids,
+    "names": named_grids,
     "kinds": kind_grids,
     "losses": loss_grids,
     "objectives": objective_grids,

@@ -126,6 +126,9 @@ RECIPES = Registry(
     {
         "chatglm_rlhf": "posttrain.recipes.chatglm_rlhf:chatglm_rlhf",
         "dno": "posttrain.recipes.dno:dno",
+        "dapo": "posttrain.recipes.dapo:dapo",
+        "deepseek_r1": "posttrain.recipes.deepseek_r1:deepseek_r1",
+        "deepseek_v2": "posttrain.recipes.deepseek_v2:deepseek_v2",
         "dpo": "posttrain.recipes.dpo:dpo",
         "gemini": "posttrain.recipes.gemini:gemini",
         "gemma2": "posttrain.recipes.gemma2:gemma2",
@@ -145,6 +148,7 @@ RECIPES = Registry(
         "spin": "posttrain.recipes.spin:spin",
         "sppo": "posttrain.recipes.sppo:sppo",
         "starling": "posttrain.recipes.starling:starling",
+        "tool_use": "posttrain.recipes.tool_use:tool_use",
         "zephyr_orpo": "posttrain.recipes.zephyr_orpo:zephyr_orpo",
     },
 )

@@ -4,6 +4,7 @@ These files import no torch, so that a recipe can be listed and forecast at once
 """
 
 from posttrain.stages.base import Context, Overlong, Plan, Recipe, Stage, stage_model
+from posttrain.stages.checked import EvaluateTask, MixRewards
 from posttrain.stages.closing import Evaluate, EvaluatePreference, EvaluateReward, HeldOut, MeasurePreference, Merge
 from posttrain.stages.making import Generate, Label, MakePrompts, Select
 from posttrain.stages.online import PreferOnline
@@ -24,12 +25,14 @@ __all__ = [
     "EvaluateQuark",
     "EvaluateReward",
     "EvaluateSafety",
+    "EvaluateTask",
     "Generate",
     "HeldOut",
     "Label",
     "MakePrompts",
     "MeasurePreference",
     "Merge",
+    "MixRewards",
     "Overlong",
     "Patch",
     "Plan",
