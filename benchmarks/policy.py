@@ -168,8 +168,7 @@ def reinforced(world: World, name: str, lr: float) -> tuple[Model, list[Numbers]
     policy = role(Model(copy.deepcopy(world.start.net)), "policy", lora=None, seed=world.seed)
     models = {"policy": policy}
     if "critic" in row.needs:
-        net = copy.deepcopy(world.judge.net)
-        models["value"] = value_role(Model(net, scalar=net.score), lora=None, seed=world.seed)
+        models["value"] = value_role(copy.deepcopy(world.judge), lora=None, seed=world.seed)
     curve: list[Numbers] = []
 
     def seen(step: int, lines: list[dict[str, Any]]) -> None:

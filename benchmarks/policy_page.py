@@ -91,7 +91,7 @@ def draw(runs: Runs, names: Sequence[str], path: Path) -> None:
         (left, "reward", "reward (deviations of the start's)"),
         (middle, "gold", "gold (not trained on)"),
     ):
-        points = {n: [np.mean([r["numbers"][k] for r in runs[n].values()]) for k in ("kl", key)] for n in names}
+        points = {n: [float(np.mean([r["numbers"][k] for r in runs[n].values()])) for k in ("kl", key)] for n in names}
         for name, (x, y) in points.items():
             axes.plot(x, y, "o", color="black" if name == "start" else COLOURS[kind(name)])
         label(axes, points)
