@@ -93,7 +93,7 @@ def tiny(name, folder, **options):
         elif isinstance(stage, Generate):
             changes[stage_name] = {"limit": 6}
         elif isinstance(stage, (SFT, TrainReward)):
-            changes[stage_name] = {"epochs": 1.0, "limit": 16}
+            changes[stage_name] = {"epochs": 1.0} | ({} if getattr(stage, "rows", None) else {"limit": 16})
     small = override(recipe, changes)
     return run_recipe(small, root=folder / "runs", name=name, console=Console(file=StringIO()), tiny=True)
 
