@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from posttrain.cli import main
+from posttrain.data.judged_rows import asked
 from posttrain.data.load import read
 from posttrain.data.smallworld import gold, rankings
 from posttrain.errors import ModelError
 from posttrain.models.load import load_reward as load_plain
 from posttrain.rewards.base import Completion
 from posttrain.rewards.kinds import KINDS
-from posttrain.rewards.trained import as_reward, load_reward
+from posttrain.rewards.panel import load_panel
+from posttrain.rewards.remote import remote_scores
+from posttrain.rewards.serve import Server
+from posttrain.rewards.trained import Scorer, as_reward, load_reward
+from posttrain.stages import Context, TrainScorer
 from posttrain.types import Example
+from posttrain.work import reward_kinds
 
 NAMES = ("helpfulness", "length", "format")
 ROWS = rankings(6, seed=5)
@@ -125,6 +134,71 @@ def test_plain_transformers_reads_the_same_outputs(trained, kind, side):
     padded = tokenizer.pad({"input_ids": ids}, return_tensors="pt")
     with torch.no_grad():
         torch.testing.assert_close(net(**padded).logits, mine, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_generative_model_says_the_same_in_plain_transformers(trained, side):
+    """Of each verdict the log-probability of all its tokens after the question, whatever is padded where."""
+    scorer = load_reward(trained("generative"))
+    net = AutoModelForCausalLM.from_pretrained(trained("generative")).eval()
+    tokenizer = AutoTokenizer.from_pretrained(trained("generative"), padding_side=side)
+    words, several = scorer.record["verdicts"], examples()[:2]
+    flat = [asked(e, r, scorer.record["question"], list(words)) for e in several for r in e.responses]
+    rows = scorer.rows(flat)
+    padded = tokenizer.pad({"input_ids": [[*r.prompt, *b.ids] for r in rows for b in r.branches]}, return_tensors="pt")
+    places = padded["attention_mask"].cumsum(1).sub(1).clamp(min=0)
+    with torch.no_grad():
+        logp = net(**padded, position_ids=places).logits.log_softmax(-1)
+    wanted, k = [], 0
+    for row in rows:
+        said = []
+        for branch in row.branches:
+            at = padded["attention_mask"][k].nonzero()[-len(branch.ids) :, 0]
+            said.append(float(logp[k, at - 1, torch.tensor(branch.ids)].double().sum()))
+            k += 1
+        wanted.append(torch.softmax(torch.tensor(said), 0)[1])
+    found = [score.parts["yes"] for row in scorer(several) for score in row]
+    assert found == pytest.approx([float(x) for x in wanted], abs=2e-5)
+
+
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("kind", ONE_OF_EACH)
+def test_scores_are_the_same_after_saving_and_loading(trained, tmp_path, kind, rank):
+    """As they are in memory when training ends, whole or with an adapter, which is merged when it is written."""
+    model = str(trained("attributes")) if kind == "gated" else "small"
+    rank = 0 if kind == "gated" else rank  # only its gate is trained
+    stage = TrainScorer(
+        model=model, data="rankings.jsonl", kind=kind, lora_rank=rank, limit=2, lr=1e-2, dtype="float32"
+    )
+    net, start, record = reward_kinds.trained(
+        stage, Context(dir=tmp_path, inputs={}, console=Console(file=StringIO()))
+    )
+    reward_kinds.write_scorer(net, start, tmp_path, record)
+    assert (net.adapter is not None) == (rank > 0)
+    before = Scorer(net, start.tokenizer, record).values(examples())
+    after = load_reward(tmp_path).values(examples())
+    assert [x for r in after for x in r] == pytest.approx([x for r in before for x in r], abs=2e-5)
+
+
+def test_every_kind_scores_the_same_through_a_server(trained):
+    for kind in ONE_OF_EACH:
+        panel = load_panel(str(trained(kind)), dtype=torch.float32)
+        wanted = [s.scores for s in panel.score(examples())]
+        server = Server(
+            lambda given, cut, panel=panel: [s.scores for s in panel.score(given, truncated=cut)],
+            token="a-token-of-tests",
+        )
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        try:
+            found = remote_scores(server.url, "a-token-of-tests", examples())
+        finally:
+            server.stop()
+            thread.join(20)
+        assert [x for r in found for x in r] == pytest.approx([x for r in wanted for x in r], abs=1e-5), kind
+        assert [x for r in wanted for x in r] == pytest.approx(
+            [x for r in load_reward(trained(kind)).values(examples()) for x in r], abs=2e-5
+        ), kind
 
 
 def test_contributions_add_up_to_the_score(trained):

@@ -26,7 +26,7 @@ def score(
     /,
     *,
     out: str = "",
-    rule: str = "variance",
+    rule: str = "",
     penalty: float | None = None,
     limit: int | None = None,
     format: str | None = None,
@@ -37,11 +37,12 @@ def score(
 ) -> None:
     """Score every response of a file with a reward model, in the file's order; cut off, the same command goes on.
 
-    MODEL is the directory of a reward stage, or several separated by commas: an ensemble. FILE is any data the library
+    MODEL is the directory of a reward stage or an ensemble's, or several separated by commas. FILE is any data the library
     reads. Written are its examples with the scores in place of their own, which stay as the attribute given_score.
 
     --out FILE          where they go (default: FILE's name with .scored.jsonl)
-    --rule NAME         how an ensemble's scores are joined: mean, minimum, variance or deviation (default: variance)
+    --rule NAME         how an ensemble's scores are joined: mean, minimum, variance or deviation
+                        (default: the ensemble's own, else variance)
     --penalty X         what the rule's penalty counts (default: 0.5 of the variance, 1 of the deviation)
     --limit N           the first N examples only
     --format NAME       how to read the rows, if their columns don't tell
@@ -104,7 +105,7 @@ def serve(
     *,
     port: int = 8765,
     token: str = "",
-    rule: str = "variance",
+    rule: str = "",
     penalty: float | None = None,
     max_length: int = 2048,
     max_tokens: int = 1024,
@@ -139,16 +140,14 @@ def serve(
 
 def _panel(model: str, rule: str, penalty: float | None, max_length: int, max_tokens: int, dtype: str) -> Panel:
     """Load what the commands score with."""
-    from posttrain.models.members import member_base
     from posttrain.rewards.ensemble import rule as ensemble_rule
-    from posttrain.rewards.panel import load_panel
+    from posttrain.rewards.panel import load_panel, panel_base
     from posttrain.work.inputs import choose_dtype
 
-    combine = ensemble_rule(rule, penalty)
-    first = member_base(model.partition(",")[0])
-    return load_panel(
-        model, dtype=choose_dtype(dtype, first), combine=combine, max_length=max_length, max_tokens=max_tokens
-    )
+    own = not rule and penalty is None
+    combine = None if own else ensemble_rule(rule or "variance", penalty)
+    precision = choose_dtype(dtype, panel_base(model))
+    return load_panel(model, dtype=precision, combine=combine, max_length=max_length, max_tokens=max_tokens)
 
 
 def evaluate_models(
@@ -160,10 +159,11 @@ def evaluate_models(
     train: str = "",
     best_of: str = "",
     edits: int = 0,
+    calibrate: bool = False,
     out: str = "reward-eval",
     limit: int | None = None,
     skip_bad: int = 0,
-    rule: str = "variance",
+    rule: str = "",
     penalty: float | None = None,
     max_length: int = 2048,
     max_tokens: int = 1024,
@@ -171,7 +171,7 @@ def evaluate_models(
 ) -> None:
     """Measure reward models side by side: `posttrain eval reward MODEL... --data FILE...`.
 
-    A MODEL is the directory of a reward stage, or several with commas: an ensemble. Printed and written as a page with
+    A MODEL is the directory of a reward stage or an ensemble's, or several with commas. Printed and written as a page with
     pictures: accuracy by subset with intervals, RewardBench's sections and RM-Bench's matrix where the data has them,
     calibration before and after a temperature, correlations with length and style, an ensemble's disagreement, distance
     from what is familiar, beside the length of an answer and, with --train, a bag of words.
@@ -180,6 +180,7 @@ def evaluate_models(
     --train FILE        rankings the models have seen: for the bag of words, and as what is familiar to them
     --best-of FILE      prompts with many answers each whose score is gold, or "smallworld": best-of-n curves and their law
     --edits N           edit the best answers of N rankings in ways that change nothing asked for (English; default: 0)
+    --calibrate         write each model's temperature into its reward.json; its scores are divided by it from then on
     --out DIRECTORY     where results.json and report.html go (default: reward-eval)
     --limit N           the first N rows of each file only
     --skip-bad N        leave out up to N faulty rows a file, counted (default: 0)
@@ -196,7 +197,14 @@ def evaluate_models(
         panel_paths(name)  # before anything is loaded
     reading = {"limit": limit, "skip_bad": skip_bad}
     load = partial(_panel, rule=rule, penalty=penalty, max_length=max_length, max_tokens=max_tokens, dtype=dtype)
-    _measure(names, files, reading, load, train, best_of, edits, Path(out))
+    if calibrate and any("," in name for name in names):
+        raise ConfigError("members named one by one have no directory for a temperature; give an ensemble's directory")
+    results = _measure(names, files, reading, load, train, best_of, edits, Path(out))
+    if calibrate:
+        from posttrain.work.calibrate import save_temperatures
+
+        for line in save_temperatures(names, files, results):
+            print(line)
 
 
 def _measure(
@@ -208,7 +216,7 @@ def _measure(
     best_of: str,
     edits: int,
     out: Path,
-) -> None:
+) -> dict[str, Any]:
     """Read, load, measure with a bar, and print what was measured."""
     from rich.console import Console
 
@@ -237,6 +245,7 @@ def _measure(
     for note in results["notes"]:
         console.print(note, style="dim", markup=False, highlight=False)
     print(f"page: {out / 'report.html'}")
+    return results
 
 
 def gold_answers(name: str) -> list[Example]:

@@ -162,6 +162,7 @@ METHODS = Registry(
     "method",
     {
         "dpo": "posttrain.recipes.methods:dpo",
+        "ensemble": "posttrain.recipes.methods:ensemble",
         "online_dpo": "posttrain.recipes.online:online_dpo",
         "ppo": "posttrain.recipes.methods:ppo",
         "quark": "posttrain.recipes.quark:train",

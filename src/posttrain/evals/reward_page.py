@@ -9,6 +9,7 @@ from typing import Any
 
 from posttrain.evals import page
 from posttrain.evals.grids import Grid, bounds
+from posttrain.evals.reward_bench import SECTIONS, total_score
 from posttrain.evals.reward_plots import accuracy_png, best_of_n_png, calibration_png, styles_png
 
 Results = Mapping[str, Any]
@@ -52,8 +53,11 @@ def section_grids(models: Results) -> list[Grid]:
     if not found:
         return []
     names = list(dict.fromkeys(s for sections in found.values() for s in sections))
-    rows = tuple((s, *(f"{sections[s]:.3f}" if s in sections else "–" for sections in found.values())) for s in names)
-    return [Grid(title="RewardBench sections", header=("section", *found), rows=rows)]
+    rows = [(s, *(f"{sections[s]:.3f}" if s in sections else "–" for sections in found.values())) for s in names]
+    if all(set(SECTIONS) <= set(sections) for sections in found.values()):
+        rows.append(("total", *(f"{total_score(sections):.3f}" for sections in found.values())))
+    note = "subsets weigh as their numbers of pairs there; a total needs all four sections, and prior sets count half"
+    return [Grid(title="RewardBench sections", header=("section", *found), rows=tuple(rows), notes=(note,))]
 
 
 def style_grids(models: Results) -> list[Grid]:

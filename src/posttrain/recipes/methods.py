@@ -7,7 +7,7 @@ from dataclasses import replace
 from posttrain.recipes.dpo import dpo as dpo_recipe
 from posttrain.recipes.instructgpt import instructgpt
 from posttrain.recipes.reward_model import reward_model
-from posttrain.stages import Recipe, TrainReward, TrainScorer
+from posttrain.stages import Recipe, TrainEnsemble, TrainReward, TrainScorer
 
 
 def sft() -> Recipe:
@@ -21,6 +21,14 @@ def reward(kind: str = "bradley_terry") -> Recipe:
     if kind != "bradley_terry":
         stage = TrainScorer(**{k: v for k, v in vars(stage).items() if k in vars(TrainReward())}, kind=kind)
     return Recipe("train-reward", {"reward": stage}, "a reward model")
+
+
+def ensemble(kind: str = "bradley_terry") -> Recipe:
+    """Several reward models of a kind as one, scored by mean, minimum or less their variance (Coste et al. 2024: five)."""
+    stage = reward_model().stages["reward"]
+    return Recipe(
+        "train-ensemble", {"ensemble": TrainEnsemble(**vars(stage), kind=kind)}, "an ensemble of reward models"
+    )
 
 
 def dpo() -> Recipe:

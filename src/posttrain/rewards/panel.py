@@ -17,13 +17,14 @@ from posttrain.errors import ConfigError, RewardError
 from posttrain.models.load import load_tokenizer, model_files
 from posttrain.models.members import is_member, load_members, member_base
 from posttrain.rewards.base import Completion, Reward, Score
-from posttrain.rewards.ensemble import disagreement, less_variance
+from posttrain.rewards.ensemble import disagreement, less_variance, rule
 from posttrain.rewards.model import features_and_scores
 from posttrain.rewards.trained import RECORD, Scorer, load_reward
 from posttrain.types import Example, Message, Response
 
 Combine = Callable[[NDArray[np.float64]], NDArray[np.float64]]
-
+ENSEMBLE = "ensemble"
+"""The form, in ``reward.json``, of a directory whose members are in it."""
 
 _PROBE = Example(
     prompt=(Message(role="user", content="What's 12 + 30, exactly?"),),
@@ -48,12 +49,14 @@ class Panel:
         members: of any kind, all with one tokenizer, which needn't be the policy's.
         combine: ``[K, B] -> [B]``, joins the members' scores.
         max_length: answers of more tokens, prompt included, have no score.
+        temperature: an ensemble's scores are divided by it; a single model's own is in its record.
     """
 
     label: str
     members: tuple[Scorer, ...]
     combine: Combine = less_variance
     max_length: int = 2048
+    temperature: float = 1.0
 
     def score(
         self,
@@ -88,8 +91,8 @@ class Panel:
         for column in zip(*members, strict=True):
             known = np.array([[s] for s in column if s is not None], dtype=np.float64)
             whole = len(known) == len(members)
-            scores.append(float(self.combine(known)[0]) if whole else None)
-            spread.append(float(disagreement(known)[0]) if whole else None)
+            scores.append(float(self.combine(known)[0]) / self.temperature if whole else None)
+            spread.append(float(disagreement(known)[0]) / self.temperature if whole else None)
         return Scored(scores, members, spread)
 
     def features(self, examples: Sequence[Example]) -> list[NDArray[np.float64]]:
@@ -115,8 +118,7 @@ def _values(member: Scorer, examples: Sequence[Example], answers: Sequence[Answe
     if member.record["form"] == "responses":
         rows = [row for a in answers if (row := a.row) is not None]
         read = member.read(rows, "score") if rows else []
-        sign, mean = member.record["sign"], member.record["mean"]
-        found = [[sign * s - mean for s in scores.tolist()] for scores in read]
+        found = [[*member.scaled(scores)] for scores in read]
     elif places:
         fitting = lambda i: zip(examples[i].responses, answers[i].places, strict=True)  # noqa: E731
         short = [replace(examples[i], responses=tuple(r for r, p in fitting(i) if p is not None)) for i in places]
@@ -129,13 +131,14 @@ def load_panel(
     path: str,
     *,
     dtype: torch.dtype,
-    combine: Combine = less_variance,
+    combine: Combine | None = None,
     max_length: int = 2048,
     max_tokens: int = 1024,
 ) -> Panel:
-    """Load a reward model of any kind, or an ensemble: directories separated by commas.
+    """Load a reward model of any kind, or an ensemble: the directory of one, or directories separated by commas.
 
-    Members that `posttrain.models.members.save_member` wrote on one base share its network in memory.
+    Members that `posttrain.models.members.save_member` wrote on one base share its network in memory. ``combine`` None is the
+    ensemble's own rule, or `posttrain.rewards.ensemble.less_variance` of members that are named one by one.
 
     Raises:
         ConfigError: no reward model there, or members of different tokenizers.
@@ -154,9 +157,24 @@ def load_panel(
             members[0].tokenizer, [_PROBE], max_length=512
         ):
             raise ConfigError(f"'{p}' reads a conversation as other tokens than '{paths[0]}'; an ensemble reads alike")
-    names = [Path(p).name for p in paths]
-    label = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-    return Panel(label, tuple(members), combine, max_length)
+    whole = _ensemble_record(Path(path.strip()))
+    own = rule(whole["rule"], whole["penalty"]) if whole else less_variance
+    return Panel(panel_label(path), tuple(members), combine or own, max_length, whole.get("temperature", 1.0))
+
+
+def panel_label(path: str) -> str:
+    """A panel's name in tables: of a stage's directory with the run's."""
+    given = [Path(part.strip()) for part in path.split(",") if part.strip()]
+    first = given[0].resolve()
+    name = f"{first.parent.name}/{first.name}" if (first.parent / "run.json").exists() else first.name
+    return name if len(given) == 1 else f"{name} and {len(given) - 1} more"
+
+
+def _ensemble_record(directory: Path) -> dict[str, Any]:
+    """What an ensemble's directory says of it; empty of any other."""
+    file = directory / RECORD
+    record: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    return record if record.get("form") == ENSEMBLE else {}
 
 
 def _member_record(directory: Path) -> dict[str, Any]:
@@ -166,12 +184,15 @@ def _member_record(directory: Path) -> dict[str, Any]:
 
 
 def panel_paths(path: str) -> list[str]:
-    """The directories of a panel.
+    """The directories of a panel's members; those of an ensemble's directory are in it.
 
     Raises:
         ConfigError: none, or one that holds no reward model.
     """
-    paths = [part.strip() for part in path.split(",") if part.strip()]
+    paths: list[str] = []
+    for part in (part.strip() for part in path.split(",") if part.strip()):
+        inside = _ensemble_record(Path(part)).get("members", [])
+        paths += [str(Path(part) / name) for name in inside] or [part]
     for p in paths or [path]:
         if not is_member(p) and not (Path(p) / RECORD).exists():
             raise ConfigError(
@@ -180,9 +201,15 @@ def panel_paths(path: str) -> list[str]:
     return paths
 
 
+def panel_base(path: str) -> str:
+    """Where a panel's tokenizer and configuration are."""
+    return member_base(panel_paths(path)[0])
+
+
 def panel_files(path: str) -> list[Path]:
     """The files that decide a panel's scores."""
-    found: list[Path] = []
+    given = [Path(part.strip()) for part in path.split(",") if part.strip()]
+    found = [place / RECORD for place in given if _ensemble_record(place)]
     for p in panel_paths(path):
         beside = (RECORD, "head.safetensors", "adapter_model.safetensors", "gate.safetensors")
         found += [*model_files(member_base(p)), *(Path(p) / name for name in beside if (Path(p) / name).exists())]

@@ -68,10 +68,10 @@ def remote_reward(url: str, token: str, *, timeout: float = 300.0, tries: int = 
 
 
 def _row(example: Example) -> dict[str, Any]:
-    """What the score depends on: the prompt, its tools and the answers' turns."""
+    """What the score depends on: the prompt, its tools and domain, the answers' turns and steps."""
     row = row_of(example)
-    kept = {key: row[key] for key in ("prompt", "tools") if key in row}
-    return kept | {"responses": [{"messages": r["messages"]} for r in row["responses"]]}
+    kept = {key: row[key] for key in ("prompt", "tools", "kind") if key in row}
+    return kept | {"responses": [{key: r[key] for key in ("messages", "steps") if key in r} for r in row["responses"]]}
 
 
 def _post(url: str, token: str, body: dict[str, Any], timeout: float, tries: int) -> Any:

@@ -53,6 +53,16 @@ class Scorer:
         """The scores alone; NaN where the model abstains."""
         return [[math.nan if s.value is None else s.value for s in row] for row in self(examples)]
 
+    @property
+    def temperature(self) -> float:
+        """What scores are divided by, so that the sigmoid of a difference is a probability that was checked."""
+        return self.record.get("temperature", 1.0)
+
+    def scaled(self, outputs: Tensor) -> list[float]:
+        """Scores of a head's outputs ``[K]``: higher is better, demonstrations average 0, over the temperature."""
+        sign, mean = self.record["sign"], self.record["mean"]
+        return [(sign * x - mean) / self.temperature for x in outputs.tolist()]
+
     def read(self, rows: Sequence[Row], want: str, mask: str | None = None) -> list[Tensor]:
         """One statistic of rows, a tensor a row: ``[K]`` or ``[K, k]`` of its branches, ``[M]`` of their tokens."""
         names = {"score", "scores", "gate"}
@@ -82,7 +92,8 @@ class Scorer:
             raise ConfigError(f"a {self.record['kind']} model scores single answers; expected a pairwise one")
         pairs = [(e, a, b) for e in examples for i, a in enumerate(e.responses) for b in e.responses[i + 1 :]]
         both = [in_both_orders(e, a, b, self.record["template"]) for e, a, b in pairs]
-        gaps = iter([float(x[0] - x[1]) for x in self.read(self.rows(both), "score")] if both else [])
+        read = self.read(self.rows(both), "score") if both else []
+        gaps = iter([float(x[0] - x[1]) / self.temperature for x in read])
         out: list[list[list[float]]] = []
         for example in examples:
             size = len(example.responses)
@@ -148,9 +159,8 @@ def said(text: str) -> Response:
 
 
 def _scalar(scorer: Scorer, examples: list[Example]) -> list[list[Score]]:
-    sign, mean = scorer.record["sign"], scorer.record["mean"]
     found = scorer.read(scorer.rows(examples), "score")
-    return [[Score(value) for value in (sign * scores - mean).tolist()] for scores in found]
+    return [[Score(value) for value in scorer.scaled(scores)] for scores in found]
 
 
 def _weighted(scorer: Scorer, examples: list[Example]) -> list[list[Score]]:
@@ -164,7 +174,8 @@ def _weighted(scorer: Scorer, examples: list[Example]) -> list[list[Score]]:
     )
     out: list[list[Score]] = []
     for rating, weight in zip(ratings, weights, strict=True):
-        parts = [dict(zip([*names, "offset"], [*row, -mean], strict=True)) for row in (rating * weight).tolist()]
+        table = (rating * weight / scorer.temperature).tolist()
+        parts = [dict(zip([*names, "offset"], [*row, -mean / scorer.temperature], strict=True)) for row in table]
         out.append([Score(sum(p.values()), p) for p in parts])
     return out
 

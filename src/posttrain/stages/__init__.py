@@ -12,7 +12,7 @@ from posttrain.stages.quark import EvaluateQuark, Quark
 from posttrain.stages.refining import AutoRate, Converse, Patch, Refine
 from posttrain.stages.reinforcing import Reinforce
 from posttrain.stages.safety import EvaluateSafety, RedTeam, ReinforceSafely
-from posttrain.stages.scoring import TrainScorer
+from posttrain.stages.scoring import TrainEnsemble, TrainScorer
 from posttrain.stages.training import SFT, Prefer, PreferLabelled, Pretrain, Training, TrainReward
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "ReinforceSafely",
     "Select",
     "Stage",
+    "TrainEnsemble",
     "TrainReward",
     "TrainScorer",
     "Training",

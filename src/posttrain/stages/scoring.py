@@ -1,12 +1,13 @@
-"""The stage that trains a reward model of any kind."""
+"""The stages that train a reward model of any kind, alone or several as one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from posttrain.errors import ConfigError
+from posttrain.stages.base import Plan
 from posttrain.stages.training import TrainReward
 
 
@@ -53,3 +54,43 @@ class TrainScorer(TrainReward):
             if getattr(self, name) and kind.form != form:
                 raise ConfigError(f"a {self.kind} model reads no {name}; leave it out")
         super().check()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainEnsemble(TrainScorer):
+    """Several reward models of one kind as one; they differ in the seed of their head, adapter and order of data.
+
+    With ``share`` they stand on one network in memory, an adapter and a head each (Zhai et al. 2023); else each is a model of its
+    own. ``rule`` (`posttrain.rewards.ensemble`) joins their scores, with ``penalty`` (None: the rule's own) on disagreement. Writes a
+    directory with the members in it, which is taken wherever a reward model's is.
+    """
+
+    WORK: ClassVar[str] = "posttrain.work.reward_ensemble:run"
+    TINY: ClassVar[Mapping[str, Any]] = {"model": "small", "lora_rank": 8, "lr": 1e-3, "epochs": 3.0}
+    members: int = 3
+    share: bool = True
+    rule: str = "variance"
+    penalty: float | None = None
+
+    def check(self) -> None:
+        """Also refuse a rule or penalty that is not known, and members that can't share what they stand on."""
+        from posttrain.rewards.ensemble import rule
+        from posttrain.rewards.kinds import find_kind
+
+        rule(self.rule, self.penalty)
+        form = find_kind(self.kind).form
+        if self.members < 2:
+            raise ConfigError(f"got members={self.members}; an ensemble has at least 2")
+        if form in ("gated", "verdicts") or (self.share and form == "attributes"):
+            raise ConfigError(
+                f"members of kind '{self.kind}' can't be an ensemble"
+                + (" that shares a network; give share False" if form == "attributes" else "")
+            )
+        if self.share and not self.lora_rank:
+            raise ConfigError("members that share a network differ by their adapters; give lora_rank, or share False")
+        super().check()
+
+    def plan(self) -> Plan:
+        """One member after the other."""
+        one = super().plan()
+        return replace(one, tokens=self.members * one.tokens, flops=self.members * one.flops)

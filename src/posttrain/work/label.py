@@ -17,6 +17,7 @@ from posttrain.registry import load_object
 from posttrain.rewards.base import Completion, Reward, require_finite
 from posttrain.rewards.builders import SAMPLED
 from posttrain.rewards.comparing import WIN_RATE, Comparison, compared, self_play_scores, win_rates
+from posttrain.rewards.panel import panel_base
 from posttrain.stages import Context, Label
 from posttrain.train.journal import Journal
 from posttrain.train.progress import progress
@@ -51,9 +52,10 @@ def judge_of(stage: Label, ctx: Context) -> Judge:
         compare: Comparison = load_object(str(stage.reward))
         return Judge(lambda lot: [tables(compare, e) for e in lot], with_comparisons)
     place = judge_dir(stage.reward, ctx)
-    dtype = torch.float32 if place is None else choose_dtype(stage.dtype, str(place))
+    base = "" if place is None else panel_base(str(place))
+    dtype = choose_dtype(stage.dtype, base) if base else torch.float32
     reward = reward_of(stage.reward, ctx, dtype=dtype, max_tokens=stage.max_tokens)
-    tokenizer = None if place is None else load_tokenizer(str(place))
+    tokenizer = load_tokenizer(base) if base else None
     return Judge(
         lambda lot: scores(reward, tokenizer, lot),
         lambda example, values: with_scores(example, values, stage.cut_score),

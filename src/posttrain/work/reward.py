@@ -49,11 +49,11 @@ def slice_rows(examples: list[Example], rows: tuple[int, int] | None) -> list[Ex
 def reference_score(
     stage: TrainReward, ctx: Context, start: Start, model: Model, rankings: list[Row]
 ) -> tuple[float, str]:
-    """The mean score of demonstrations (64 at most), or of the best-ranked responses where there are none."""
+    """The mean score of 64 demonstrations at most, or of as many best-ranked responses where there are none."""
     try:
         examples = load_examples(stage, ctx, "demonstrations")[:64]
     except ValueError:
-        rows, name = [Row(r.prompt, r.branches[:1]) for r in rankings], "best-ranked responses"
+        rows, name = [Row(r.prompt, r.branches[:1]) for r in rankings[:64]], "best-ranked responses"
     else:
         rows, name = (
             demonstration_rows(start.tokenizer, examples, max_length=stage.max_length, overlong=stage.overlong)[0],

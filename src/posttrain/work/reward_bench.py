@@ -132,8 +132,9 @@ def evaluate(
     models: dict[str, Any] = {}
     for label, panel in zip(labels, panels, strict=True):
         rows = [scored[label][i] for i in kept]
-        members = [[known(s.members[k]) for s in rows] for k in range(len(panel.members))]
-        models[label] = reward_results(examples, subsets, [known(s.scores) for s in rows], members)
+        told = log_odds if panel.members[0].record["form"] == "pairs" else known
+        members = [[told(s.members[k]) for s in rows] for k in range(len(panel.members))]
+        models[label] = reward_results(examples, subsets, [told(s.scores) for s in rows], members)
         models[label] |= _more(panel, label, examples, tests.rated, train, best_of, edits, say)
     ratings = baseline_rows(tests.rated, train) if tests.rated else {}
     for name, scores in baseline_rows(examples, train).items():
@@ -192,6 +193,12 @@ def _scored(panel: Panel, examples: Sequence[Example], what: str, say: Say) -> l
 def known(scores: Sequence[float | None]) -> list[float]:
     """Scores that are all there."""
     return [s for s in scores if s is not None]
+
+
+def log_odds(chances: Sequence[float | None]) -> list[float]:
+    """Half the log-odds of probabilities to be preferred: of two answers, which add up to 1, the gap is the pair's log-odds."""
+    near = [min(max(p, 1e-12), 1 - 1e-12) for p in known(chances)]
+    return [math.log(p / (1 - p)) / 2 for p in near]
 
 
 def _reads_answers(panel: Panel) -> bool:

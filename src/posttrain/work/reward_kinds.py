@@ -69,6 +69,12 @@ class Prepared:
 
 def run(stage: TrainScorer, ctx: Context) -> None:
     """Train, measure the mean score of demonstrations, and write the model with its record."""
+    model, start, record = trained(stage, ctx)
+    write_scorer(model, start, ctx.dir, record)
+
+
+def trained(stage: TrainScorer, ctx: Context) -> tuple[Model, Start, dict[str, Any]]:
+    """The model, what it started from, and what ``reward.json`` is to say of it."""
     kind = find_kind(stage.kind)
     start = start_from(stage.model, ctx)
     examples = slice_rows(load_examples(stage, ctx, data_part(stage, ctx, kind)), stage.rows)
@@ -95,8 +101,7 @@ def run(stage: TrainScorer, ctx: Context) -> None:
         "rows": len(ready.rows),
         **ready.record,
     }
-    record |= reference_mean(stage, ctx, start, model, record)
-    write_scorer(model, start, ctx.dir, record)
+    return model, start, record | reference_mean(stage, ctx, start, model, record)
 
 
 def write_scorer(model: Model, start: Start, directory: Path, record: dict[str, Any]) -> None:
