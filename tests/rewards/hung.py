@@ -29,7 +29,7 @@ def by_word(completion, target=None):
 
 def whole(prompts, completions, **columns):
     """One value too few where a completion says so."""
-    assert set(columns) == {"truncated", "group", "target", "meta"} and len(prompts) == len(completions)
+    assert set(columns) == {"truncated", "group", "target", "meta", "turns"} and len(prompts) == len(completions)
     return [float(len(c)) for c in completions][: -1 if "short" in completions else None]
 
 

@@ -218,6 +218,11 @@ def test_support_is_part_of_the_reward():
         supported()([Completion(example=example, text="a", prompt_ids=(1,), ids=(2,), truncated=False, group=0)])
 
 
+def test_no_two_questions_read_alike():
+    asked = [e.prompt[0].content for e in prompts(400)]
+    assert len(set(asked)) == 400
+
+
 def test_demonstrations_are_conversations():
     looked, guessed = demonstrations(2)
     assert [m.role for m in looked.responses[0].messages] == ["assistant", "user", "assistant"]

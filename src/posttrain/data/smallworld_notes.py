@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from posttrain.data.smallworld_language import OBJECTS, VALUES, Draw
+from posttrain.data.smallworld_language import OBJECTS, VALUES, WORDS, Draw
 from posttrain.data.write import write_jsonl
 from posttrain.types import Example, Message, Response, Target
 
@@ -18,7 +18,10 @@ CALL = "look up"
 """How a turn begins that wants something looked up."""
 
 _NOTES = 8
-_ASKS = ("what colour is the {thing} of the {owner}?", "tell me the colour of the {thing} of the {owner}")
+_ASKS = (
+    "by the notes of {book}, what colour is the {thing} of the {owner}?",
+    "look into the notes of {book} and tell me the colour of the {thing} of the {owner}",
+)
 
 
 def note(thing: str, owner: str, colour: str) -> str:
@@ -27,8 +30,8 @@ def note(thing: str, owner: str, colour: str) -> str:
 
 
 def prompts(n: int, seed: int = 0, split: str = "train") -> list[Example]:
-    """``n`` questions, each with its notes and its target; things that are asked about at the same owner differ."""
-    return [_drawn(Draw("notes", split, seed, i))[0] for i in range(n)]
+    """``n`` questions, each with its notes and its target; each names notes of its own, so that no two read alike."""
+    return [_drawn(Draw("notes", split, seed, i), i)[0] for i in range(n)]
 
 
 def demonstrations(n: int, seed: int = 0) -> list[Example]:
@@ -36,7 +39,7 @@ def demonstrations(n: int, seed: int = 0) -> list[Example]:
     out: list[Example] = []
     for i in range(n):
         d = Draw("noted answers", seed, i)
-        example, (thing, owner, colour) = _drawn(d)
+        example, (thing, owner, colour) = _drawn(d, i)
         if i % 2:
             turns = [_said(f"<answer>{d.pick(VALUES['colour'])}</answer>")]
         else:
@@ -61,12 +64,13 @@ def _said(text: str) -> Message:
     return Message(role="assistant", content=text)
 
 
-def _drawn(d: Draw) -> tuple[Example, tuple[str, str, str]]:
-    """A question with its notes; the first drawn is asked about."""
+def _drawn(d: Draw, index: int) -> tuple[Example, tuple[str, str, str]]:
+    """A question with its notes, which the index names; the first drawn is asked about."""
     owners = [d.pick(OWNERS) for _ in range(_NOTES)]
     facts = [(t, o, d.pick(VALUES["colour"])) for t, o in zip(d.sample(OBJECTS, _NOTES), owners, strict=True)]
     thing, owner, colour = facts[0]
-    asked = d.pick(_ASKS).format(thing=thing, owner=owner)
+    book = f"{WORDS[index % len(WORDS)]} and {WORDS[index // len(WORDS) % len(WORDS)]}"
+    asked = d.pick(_ASKS).format(book=book, thing=thing, owner=owner)
     notes = [note(*fact) for fact in d.sample(facts, _NOTES)]
     target = Target(kind="text", answer=colour)
     example = Example(prompt=(Message(role="user", content=asked),), target=target, kind="note", meta={"notes": notes})

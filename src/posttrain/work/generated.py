@@ -60,7 +60,7 @@ def notes(size: str) -> dict[str, Path]:
     from posttrain.data import smallworld_notes as world
 
     count = int(size) if size else 200
-    return kept(f"notes-1-{count}", lambda folder: world.write(folder, count))
+    return kept(f"notes-2-{count}", lambda folder: world.write(folder, count))
 
 
 @DATA.register("reasoning_gym")
