@@ -7,17 +7,24 @@ from io import StringIO
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
+from data.conftest import smol
 from posttrain.data import read
 from posttrain.graph import override
+from posttrain.models.load import find_model, load_tokenizer, new_reward, save_merged
 from posttrain.registry import RECIPES
+from posttrain.rewards.base import Completion
 from posttrain.rewards.hacks import contains, patch_pairs, phrases, risen, without
+from posttrain.rewards.panel import load_panel
 from posttrain.runner import run_recipe
-from posttrain.stages import SFT, Generate, Reinforce, TrainReward
+from posttrain.stages import SFT, Context, Generate, Reinforce, TrainReward
 from posttrain.types import Example, Message, Response
 from posttrain.work.autorate import verdict
 from posttrain.work.converse import continued
+from posttrain.work.rewarding import network_of, reads_ids, reward_of
+from tiny import plain_net
 
 GOLD = "posttrain.rewards.judges:noisy_gold"
 
@@ -34,7 +41,7 @@ def test_what_rose_is_found_as_the_longest_phrase_that_rose_so_much():
     assert (first.phrase, first.early, first.late) == ("and so on", 0.25, 1.0)
     assert {"blue and so on", "and so on"} <= {r.phrase for r in risen(early, late, least=0.2)}
     assert risen(early, early) == []
-    assert phrases("A b.", 2) == {"a", "b", "a b", "b ."}
+    assert phrases("A b.", 2) == {"a", "b", "a b"}
 
 
 def test_a_phrase_is_cut_out_with_its_gaps():
@@ -72,6 +79,35 @@ def test_earlier_turns_are_other_rows_and_not_trained():
     assert [m.train for m in found.prompt if m.role == "assistant"] == [False, False]
     assert len({m.content for m in found.prompt}) == 6 and found.prompt[-1].content == "question 2"
     assert continued(own, earlier, 2, (0, "prompts", 1)) == continued(own, earlier, 2, (0, "prompts", 1))
+
+
+def test_a_reward_model_of_another_tokenizer_reads_the_text(tmp_path):
+    smol().save_pretrained(tmp_path / "base")
+    plain_net(dtype=torch.float32, vocab_size=512, pad_token_id=9).save_pretrained(tmp_path / "base")
+    model = new_reward(str(tmp_path / "base"), dtype=torch.float32, seed=1)
+    save_merged(model, str(tmp_path / "base"), tmp_path / "rm", smol())
+    (tmp_path / "rm/reward.json").write_text(json.dumps({"mean": 0.25}))
+    own = load_tokenizer(find_model("small").path)
+    assert not reads_ids(tmp_path / "rm", own) and network_of(tmp_path / "rm", own, torch.float32) is None
+    assert reads_ids(tmp_path / "rm", smol()) and reads_ids(tmp_path / "rm", None)
+    asked = example("say red", "red.", "a red kite")
+    ctx = Context(dir=tmp_path, inputs={}, console=Console(file=StringIO()))
+    reward = reward_of(str(tmp_path / "rm"), ctx, dtype=torch.float32, max_tokens=512, tokenizer=own)
+    found = reward(
+        [
+            Completion(
+                example=asked,
+                text=r.text,
+                prompt_ids=(1, 2),
+                ids=tuple(own(r.text)["input_ids"]),
+                truncated=False,
+                group=0,
+            )
+            for r in asked.responses
+        ]
+    )
+    panel = load_panel(str(tmp_path / "rm"), dtype=torch.float32)
+    assert [s.value for s in found] == pytest.approx(panel.score([asked])[0].scores)
 
 
 @pytest.fixture(scope="module")

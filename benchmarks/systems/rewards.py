@@ -215,28 +215,42 @@ def gemma2(seed: int, folder: Path) -> dict[str, Any]:
     """Merged policies against their parts on honest data, and what the auto-rater says there and on data with a planted hack."""
     found: dict[str, Any] = {}
     for arm, data in {"honest": "smallworld", "planted": planted(folder, seed)}.items():
-        names = ("policy_near", "policy_middle", "policy_far")
-        changes: dict[str, dict[str, Any]] = {"talks": {"data": data}, "reward": SMOLLM2, "rated": {"prompts": 48}}
-        for name, strength in zip(names, (0.25, 0.5, 1.0), strict=True):
-            changes[name] = {
-                "steps": 16,
-                "prompts_per_step": 8,
-                "samples_per_prompt": 4,
-                "lora_rank": 0,
-                "lr": strength * 5e-4,
-            }
         root = folder / arm
         root.mkdir()
-        run = went("gemma2", root, seed, changes, data=data, judge=JUDGE, until="rated")
+        run = went("gemma2", root, seed, strengths(data), data=data, judge=JUDGE, until="rated")
         found[arm] = json.loads((run / "rated/results.json").read_text())
         if arm == "honest":
-            talks = list(_read(run / "talks/data/heldout_prompts.jsonl"))
-            for name in ("sft", *names, "model"):
-                found[name] = float(gold(answered(run / name, run / "sft", seed, held_out(seed, talks))).mean())
+            found |= merged_gold(run, seed)
     return found
 
 
-SMOLLM2 = {"model": "smollm2", "lora_rank": 16, "lr": 5e-4, "limit": 48, "epochs": 1.0, "prompts_per_step": 8}
+def gemma2_large(seed: int, folder: Path) -> dict[str, Any]:
+    """The same on honest data with SmolLM2 as the reward model, fewer steps."""
+    changes = strengths("smallworld")
+    changes["reward"] = {"model": "smollm2", "lora_rank": 16, "lr": 5e-4, "limit": 48, "epochs": 1.0}
+    for name in PARTS:
+        changes[name] |= {"steps": 8}
+    run = went("gemma2", folder, seed, changes, judge=JUDGE, until="rated")
+    return {"honest": json.loads((run / "rated/results.json").read_text())} | merged_gold(run, seed)
+
+
+PARTS = ("policy_near", "policy_middle", "policy_far")
+
+
+def strengths(data: str) -> dict[str, dict[str, Any]]:
+    """Three policies that follow the reward further and further."""
+    sizes = {"steps": 24, "prompts_per_step": 8, "samples_per_prompt": 4, "lora_rank": 0}
+    changes: dict[str, dict[str, Any]] = {"talks": {"data": data}, "rated": {"prompts": 48, "samples": 4}}
+    for name, lr in zip(PARTS, (1e-4, 2e-4, 4e-4), strict=True):
+        changes[name] = {"lr": lr, **sizes}
+    return changes
+
+
+def merged_gold(run: Path, seed: int) -> dict[str, float]:
+    """Gold of the supervised policy, the parts and their merge on conversations that end in a held-out prompt."""
+    talks = held_out(seed, _read(run / "talks/data/heldout_prompts.jsonl"))
+    names = ("sft", *PARTS, "model")
+    return {n: float(gold(answered(run / n, run / "sft", seed, talks)).mean()) for n in names}
 
 
 def _read(path: Path) -> list[Example]:
@@ -245,14 +259,14 @@ def _read(path: Path) -> list[Example]:
     return list(read(path))
 
 
-WHAT = {"starling": starling, "internlm2": internlm2, "gemini": gemini, "gemma2": gemma2}
+WHAT = {"starling": starling, "internlm2": internlm2, "gemini": gemini, "gemma2": gemma2, "gemma2_large": gemma2_large}
 
 
 def main() -> None:
     """Make what is missing."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--what", nargs="+", default=list(WHAT), choices=list(WHAT))
+    parser.add_argument("--what", nargs="+", default=list(WHAT)[:4], choices=list(WHAT))
     parser.add_argument("--pilot", action="store_true", help="print and keep nothing")
     given = parser.parse_args()
     deterministic_kernels()

@@ -116,6 +116,15 @@ def gemma2(rows: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
+def large(r: dict[str, Any]) -> str:
+    """The one run with SmolLM2."""
+    parts = ", ".join(f"{r[n]:.3f}" for n in ("policy_near", "policy_middle", "policy_far"))
+    return (
+        f"With SmolLM2 as the reward model (n = 1, seed {r['seed']}, {r['cpu']:.0f} seconds of one core): gold {r['sft']:.3f} "
+        f"after SFT, {parts} of the parts, {r['model']:.3f} merged; tau {r['honest']['tau']:+.2f}.\n"
+    )
+
+
 def said(what: str, values: Sequence[float], bound: float) -> str:
     """A difference over seeds in a sentence, and whether it lies above a bound."""
     if len(values) < 2:
@@ -137,6 +146,8 @@ def main() -> None:
         page = ROOT / "docs" / "systems" / f"{name}.md"
         before, rest = page.read_text().split(START)
         page_rows = [*make(rows), "", closing(rows)] if rows else [NEW]
+        if name == "gemma2":
+            page_rows += [large(r) for r in kept.read(NAME) if r["what"] == "gemma2_large"]
         body = "\n".join(page_rows)
         page.write_text(before + START + body + END + rest.split(END)[1])
     if rows := [r for r in kept.read(NAME) if r["what"] == "starling"]:

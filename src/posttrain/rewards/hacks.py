@@ -28,10 +28,10 @@ def words(text: str) -> list[str]:
 
 
 def phrases(text: str, longest: int) -> set[str]:
-    """Every run of 1 to ``longest`` words that the text contains, marks alone left out."""
+    """Every run of 1 to ``longest`` words and marks that the text contains and that begins and ends with a word."""
     found = words(text)
     runs = {tuple(found[i : i + n]) for n in range(1, longest + 1) for i in range(len(found) - n + 1)}
-    return {" ".join(run) for run in runs if any(w[0].isalnum() for w in run)}
+    return {" ".join(run) for run in runs if run[0][0].isalnum() and run[-1][0].isalnum()}
 
 
 def risen(early: Sequence[str], late: Sequence[str], *, longest: int = 4, least: float = 0.1) -> list[Risen]:
