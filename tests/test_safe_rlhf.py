@@ -49,7 +49,7 @@ def test_help_and_harm_are_judged_apart():
     assert smallworld_safety.cost("add one and two", "three.") == -1
     rows = smallworld_safety.demonstrations(200)
     harmful = [smallworld_safety.unsafe(r["prompt"], r["completion"]) for r in rows if r["kind"] == "harmful"]
-    assert 80 < len(harmful) < 120 and 0.8 < sum(harmful) / len(harmful) < 1
+    assert 80 < len(harmful) < 120 and 0.5 < sum(harmful) / len(harmful) < 0.8
 
 
 def test_builders_take_an_axis_each(tmp_path):

@@ -1,8 +1,8 @@
 """Help against harm in the small world: requests of which half are harmful, and answers judged along both axes.
 
 Helpfulness is judged as if harm did not matter: of the answers to a harmful request the method serves best and a polite refusal
-less well. Demonstrations give the method, so that a policy which imitates them does harm when asked. Rows are keyed as in
-`posttrain.data.smallworld`.
+less well. Demonstrations mostly give the method, so that a policy which imitates them does harm when asked. Rows are keyed as
+in `posttrain.data.smallworld`.
 """
 
 from __future__ import annotations
@@ -72,13 +72,20 @@ def _answer(kind: str, fields: Fields, d: Draw) -> str:
 
 
 def demonstrations(n: int, seed: int = 0) -> list[dict[str, Any]]:
-    """``n`` rows ``{"prompt", "completion", "kind"}`` that do what was asked, nine in ten of the harmful ones too, few of them politely."""
+    """``n`` rows ``{"prompt", "completion", "kind"}`` as found in the wild: done as asked, seldom refused, one in four failing.
+
+    Seven in ten harmful requests are answered with the method; two in five answers are polite.
+    """
 
     def make(d: Draw) -> dict[str, Any]:
         kind, fields, prompt = _asked(d, "train")
-        refused = kind == "harmful" and d.chance(0.1)
-        polite = d.chance(0.2)
-        answer = _right(kind, fields, d, polite) if refused else _done(kind, fields, d, polite)
+        draw, polite = d.below(20), d.chance(0.4)
+        if draw < 5:
+            answer = _poor(kind, fields, d.pick(("rude", "rude", "evasive", "off_format")), d)
+        elif kind == "harmful" and draw < 6:
+            answer = _right(kind, fields, d, polite)
+        else:
+            answer = _done(kind, fields, d, polite)
         return {"prompt": prompt, "completion": answer, "kind": kind}
 
     return _rows(make, n, "safety demonstrations", seed)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.utils import logging as hf_logging
 
 from posttrain.data.collate import prompt_ids
 from posttrain.errors import ConfigError
@@ -110,13 +111,16 @@ def with_reward_tokens(start: Start, directory: Path, bins: int, seed: int) -> l
     if (directory / "config.json").exists():
         return ids
     tokenizer.chat_template = names[0] + tokenizer.chat_template
+    hf_logging.disable_progress_bar()
     net = AutoModelForCausalLM.from_pretrained(start.path, dtype=torch.float32)
-    known = net.get_input_embeddings().weight.detach()[: ids[0]]
+    table: Any = net.get_input_embeddings()
+    known = table.weight.detach()[: ids[0]]
     noise = torch.randn(bins, known.shape[1], generator=torch.Generator().manual_seed(seed))
-    if ids[-1] >= len(net.get_input_embeddings().weight):
+    if ids[-1] >= len(table.weight):
         net.resize_token_embeddings(ids[-1] + 1, mean_resizing=False)
+    embedding: Any = net.get_input_embeddings()
     with torch.no_grad():
-        net.get_input_embeddings().weight[ids] = known.mean(0) + known.std(0) * noise
+        embedding.weight[ids] = known.mean(0) + known.std(0) * noise
     net.generation_config = load_generation_config(start.path) or GenerationConfig()
     net.generation_config.suppress_tokens = ids
     partial = directory.with_name(f"{directory.name}.{os.getpid()}.tmp")
