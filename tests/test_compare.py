@@ -10,9 +10,10 @@ import pytest
 from rich.console import Console
 
 from posttrain.cli import main
-from posttrain.cli_compare import best_and_worst, gather_losses, prepared, read_loss, target
+from posttrain.cli_compare import gather_losses, prepared, read_loss, target
 from posttrain.cli_runs import SEPARATOR
 from posttrain.data import read
+from posttrain.data.views import best_and_worst
 from posttrain.errors import ConfigError
 from posttrain.evals.compare_view import compare_grid, compare_page, compare_png, over_seeds
 from posttrain.evals.tables import rich_grid
@@ -74,7 +75,7 @@ def test_single_answers_are_the_best_and_the_worst_of_a_row():
         return Example(prompt=(Message(role="user", content="say"),), responses=answers)
 
     def told(example):
-        return [(r.text, r.label, r.score, r.rank) for e in best_and_worst(example) for r in e.responses]
+        return [(r.text, r.label, r.score, r.rank) for e in best_and_worst([example]) for r in e.responses]
 
     assert told(row(None, None, None)) == [("answer 0", True, 1.0, None), ("answer 2", False, 0.0, None)]
     assert told(row(3.0, 2.0, -1.0)) == [("answer 0", True, 3.0, None), ("answer 2", False, -1.0, None)]

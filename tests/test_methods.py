@@ -29,7 +29,8 @@ LABELS = [
     for k, w in enumerate(WORDS)
 ]
 RATINGS = [{"prompt": r["prompt"], "completion": r["completion"], "score": 1.0 + k} for k, r in enumerate(LABELS)]
-ROWS = {"pairs": PAIRS, "labels": LABELS, "ratings": RATINGS}
+PROMPTS = [{"prompt": row["prompt"]} for row in PAIRS]
+ROWS = {"pairs": PAIRS, "labels": LABELS, "ratings": RATINGS, "prompts": PROMPTS}
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,16 @@ def test_the_scale_of_dpo_is_the_one_that_was_typed(folder):
     assert config["beta"] == 0.5 and config["options"] == {}
 
 
+@pytest.mark.parametrize("name", ["kto", "dro_v"])
+def test_losses_of_single_answers_learn_from_pairs_too(folder, name, capsys):
+    options = f"--data pairs.jsonl --model small --lora-rank 0 --prompts-per-step 4 --epochs 1 --name {name}-of-pairs"
+    assert main(["train", name, *options.split()]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "the best answer as a good one, the worst as a bad one: 8 answers" in told
+    rows = (folder / f"runs/{name}-of-pairs/{name}/metrics.jsonl").read_text().splitlines()
+    assert len(rows) == 2
+
+
 def test_help_of_a_loss_lists_its_options(capsys):
     assert main(["train", "simpo", "--help"]) == 0
     told = capsys.readouterr().out.split("\nloss simpo:\n")[1].splitlines()
@@ -129,14 +140,14 @@ def test_an_adapter_is_asked_for_in_a_word(folder):
         ("simpo --options beta,1 --beta 2 --model small", "got beta=2 and beta=1 among the loss's options"),
         ("ipo --loss.beta 0.1 --model small", "has no option 'beta'; known: tau"),
         ("simpo --loss.gama 1 --data pairs.jsonl --model small", "has no option 'gama'; did you mean 'gamma'?"),
-        ("kto --data pairs.jsonl --model small", "has no labelled"),
+        ("kto --data prompts.jsonl --model small", "has no labelled"),
         (
             "dpo --loss kto --data pairs.jsonl --model small",
-            "'kto' does not learn from rankings; use the stage PreferLabelled",
+            "'kto' does not learn from rankings; use `posttrain train kto`, the stage PreferLabelled",
         ),
         (
             "kto --loss dpo --data labels.jsonl --model small",
-            "'dpo' does not learn from labelled; use the stage Prefer",
+            "'dpo' does not learn from labelled; use `posttrain train dpo`, the stage Prefer",
         ),
         ("xpo --data pairs.jsonl --model small", "needs --reward STR"),
         ("dpo --loss xpo --data pairs.jsonl --model small", "'xpo' learns from samples made while it runs"),

@@ -163,8 +163,9 @@ def prepared(data: str, test: str | None, model: str, names: Sequence[str], dire
         ConfigError: the data has no rankings, or too few to hold some out.
     """
     from posttrain.data import read, split, write_jsonl
+    from posttrain.data.views import best_and_worst
     from posttrain.graph import content_hash
-    from posttrain.losses import find_loss, unpaired_losses
+    from posttrain.losses import find_loss, unpaired_losses, valued_losses
     from posttrain.work.inputs import data_files
 
     files = data_files(data, model)
@@ -172,7 +173,7 @@ def prepared(data: str, test: str | None, model: str, names: Sequence[str], dire
         raise ConfigError(
             f"data '{data}' has no pairs or rankings, but {', '.join(files)}; losses are compared on pairs"
         )
-    single = any(find_loss(read_loss(text)[0]) is unpaired_losses for text in names)
+    single = any(find_loss(read_loss(text)[0]) in (unpaired_losses, valued_losses) for text in names)
     holds, labels = test is None and "heldout_rankings" not in files, single and "labelled" not in files
     if not (holds or labels):
         return {}
@@ -184,30 +185,12 @@ def prepared(data: str, test: str | None, model: str, names: Sequence[str], dire
     if not all(parts.values()):
         raise ConfigError(f"data '{data}' is too small to hold one prompt in five out; give held-out pairs with --test")
     if labels:
-        parts["labelled"] = [one for example in parts["rankings"] for one in best_and_worst(example)]
+        parts["labelled"] = best_and_worst(parts["rankings"])
     place = directory / f"data-{content_hash(files['rankings'])[:8]}"
     place.mkdir(parents=True, exist_ok=True)
     for part, examples in parts.items():
         write_jsonl(place / f"{part}.jsonl", examples)
     return {"data": str(place), **({} if test else {"test": str(place)})}
-
-
-def best_and_worst(example: Any) -> list[Any]:
-    """A ranked row's best answer as a good one and its worst as a bad one, rated 1 and 0 unless they have scores."""
-    order = sorted(example.responses, key=lambda r: r.rank or 0)
-    found = [(order[0], True), (order[-1], False)]
-    unscored = any(r.score is None for r, _ in found)
-    return [
-        dataclasses.replace(
-            example,
-            responses=(
-                dataclasses.replace(
-                    r, rank=None, label=label, score=float(label) if unscored else r.score, failure=None
-                ),
-            ),
-        )
-        for r, label in found
-    ]
 
 
 def target(stage: Any) -> dict[str, str]:

@@ -51,6 +51,22 @@ def rankings(examples: Sequence[Example]) -> list[Example]:
     return list(examples)
 
 
+def best_and_worst(examples: Sequence[Example]) -> list[Example]:
+    """Return of each ranked row its best answer as a good one and its worst as a bad one, rated 1 and 0 unless both have scores.
+
+    Raises:
+        DataError: as `rankings`.
+    """
+    found: list[Example] = []
+    for example in rankings(examples):
+        order = sorted(example.responses, key=lambda r: r.rank or 0)
+        unscored = order[0].score is None or order[-1].score is None
+        for r, good in ((order[0], True), (order[-1], False)):
+            score = float(good) if unscored else r.score
+            found.append(replace(example, responses=(replace(r, rank=None, label=good, score=score, failure=None),)))
+    return found
+
+
 def prompts(examples: Sequence[Example]) -> list[Example]:
     """Return the examples without their responses; every one is kept, in order, repeats included.
 

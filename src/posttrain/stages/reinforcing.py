@@ -35,6 +35,7 @@ class Reinforce(Training):
     ``ptx`` is the weight of the likelihood, nats a token, of demonstrations that the policy must not forget: those of ``ptx_data`` (None:
     of ``data``), ``ptx_share`` rows for each response that a step trains. In the first ``value_warmup`` rollouts only the critic
     learns. With ``ema`` the average of the policy's weights over updates, of that decay an update, is what is written.
+    ``anchor`` is the share of the way to the policy that the KL's reference moves after each update (WARP, Ramé et al. 2024: 0.01).
     ``against_start`` samples so many answers of the start to each prompt, whose mean score is taken from every later one's.
     ``fused`` makes the optimiser's step within the backward pass, without clipping: gradients are not held together.
 
@@ -85,6 +86,7 @@ class Reinforce(Training):
     ptx_share: float = 8.0
     value_warmup: int = 0
     ema: float = 0.0
+    anchor: float = 0.0
     against_start: int = 0
     fused: bool = False
     gold: Stage | str | None = None
@@ -123,6 +125,11 @@ class Reinforce(Training):
             raise ConfigError(
                 f"got ema={self.ema:g}, against_start={self.against_start}, gold_every={self.gold_every}, "
                 f"gold_window={self.gold_window}; expected a decay from 0 to below 1, answers of at least 0, at least 1, at least 3"
+            )
+        if self.anchor and (not 0 < self.anchor < 1 or self.ema or self.lora_rank or self.against_start):
+            raise ConfigError(
+                f"got anchor={self.anchor:g} with ema={self.ema:g}, lora_rank={self.lora_rank}, against_start={self.against_start}; "
+                "expected a rate between 0 and 1, the whole policy trained (lora_rank 0), and neither of the others"
             )
         if self.value_warmup < 0 or (self.value_warmup and "critic" not in row.needs):
             raise ConfigError(

@@ -225,7 +225,8 @@ class Prefer(Training):
             raise ConfigError(f"'{self.loss}' learns from samples made while it runs, which this stage does not make")
         if (kind in (unpaired_losses, valued_losses)) != (self.DATA[0] == "labelled"):
             other = "PreferLabelled" if self.DATA[0] != "labelled" else "Prefer"
-            raise ConfigError(f"'{self.loss}' does not learn from {self.DATA[0]}; use the stage {other}")
+            way = f"`posttrain train {self.loss}`, the stage {other}"
+            raise ConfigError(f"'{self.loss}' does not learn from {self.DATA[0]}; use {way}")
         super().check()
 
     def plan(self) -> Plan:
@@ -240,13 +241,16 @@ class Prefer(Training):
 class PreferLabelled(Prefer):
     """Preference optimisation on single answers, each labelled good or bad or rated (Ethayarajh et al. 2024: batch 32, lr 5e-7).
 
+    Of pairs and rankings the best answer is a good one and the worst a bad one (rated 1 and 0, unless they have scores).
     ``loss`` is a name in `posttrain.losses.unpaired_losses`, or in ``valued_losses``: then rewards are scaled to mean 0 and
     deviation 1 over the data, and a value network with a head from zero learns at ``value_lr``.
     """
 
     WORK: ClassVar[str] = "posttrain.work.labelled:run"
     DATA: ClassVar[tuple[str, ...]] = ("labelled",)
-    TINY: ClassVar[Mapping[str, Any]] = {"model": "small", "lora_rank": 0, "lr": 1e-4, "epochs": 1.0}
+    TINY: ClassVar[Mapping[str, Any]] = {
+        "model": "small", "data": "smallworld", "lora_rank": 0, "lr": 1e-4, "epochs": 1.0, "warmup_steps": 2,
+    }  # fmt: skip
     loss: str = "kto"
     lr: float = 5e-7
     value_lr: float = 1e-4

@@ -22,11 +22,13 @@ class Average:
         decay: from 0 (the newest weights) to below 1.
         role: whose weights.
         tensors: the average by name, from the optimiser's beginning on.
+        into: parameters of another network that are the average after each update, such as the anchor of a KL penalty.
     """
 
     decay: float
     role: str = "policy"
     tensors: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    into: Mapping[str, nn.Parameter] = field(default_factory=dict[str, nn.Parameter])
 
     def begin(self, masters: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Start at the weights."""
@@ -37,6 +39,7 @@ class Average:
         with torch.no_grad():
             for name, mean in self.tensors.items():
                 mean.lerp_(masters[self.role][name].detach(), 1 - self.decay)
+        self._follow()
 
     def named(self) -> dict[str, Tensor]:
         """The average by the flat names of a checkpoint."""
@@ -52,6 +55,11 @@ class Average:
             if name not in tensors:
                 raise CheckError(f"the checkpoint has no '{name}'; the run that wrote it kept no average of weights")
             mean.copy_(tensors[name])
+        self._follow()
+
+    def _follow(self) -> None:
+        if self.into:
+            self.put(self.into)
 
     def put(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Give the role the averaged weights."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from posttrain.data import ReadReport, read, resolve_data, stop_ids
+from posttrain.data.views import best_and_worst
 from posttrain.errors import ConfigError, DataError, suggest
 from posttrain.machine import fast_bf16
 from posttrain.models.load import find_model, load_generation_config, load_tokenizer, model_files
@@ -121,6 +122,12 @@ def load_examples(stage: Any, ctx: Context, part: str) -> list[Example]:
     """
     made = isinstance(stage.data, Stage)
     files = with_tasks(made_files(ctx.inputs["data"]) if made else data_files(stage.data, _root_model(stage)))
+    if part == "labelled" and part not in files and "rankings" in files:
+        found = best_and_worst(load_examples(stage, ctx, "rankings"))
+        ctx.console.print(
+            f"rankings: of each row the best answer as a good one, the worst as a bad one: {len(found)} answers"
+        )
+        return found
     if part not in files:
         raise _lacks(ctx.inputs["data"].name if made else stage.data, part, files)
     examples = read_part(files[part], ctx, getattr(stage, "limit", None), getattr(stage, "skip_bad", 0))
@@ -213,6 +220,8 @@ def stage_files(stage: Any) -> list[Path]:
         files = data_files(stage.data, _root_model(stage))
         files = with_tasks(files) if "prompts" in stage.DATA else files
         parts = (stage.part,) if getattr(stage, "part", None) else stage.DATA or tuple(files)
+        if parts == ("labelled",) and "labelled" not in files and "rankings" in files:
+            parts = ("rankings",)
         missing = [part for part in parts if part not in files]
         if missing and parts[0] in missing:
             raise _lacks(stage.data, missing[0], files)

@@ -80,20 +80,28 @@ def run(stage: Reinforce, ctx: Context) -> None:
         ratio_tolerance=1e-4 if dtype == torch.float32 else 0.1,
     )
     source, objective = around(stage, ctx, start, source, objective)
-    average = Average(stage.ema) if stage.ema else None
+    average = averaged(stage, reference)
     run = training_run(stage, ctx, stage.steps, "reinforce")
     if stage.max_kl is not None:  # the last checkpoint that was measured is one of those before the newest rollout
         run = replace(run, keep=max(run.keep, 1 + math.ceil(stage.updates_per_rollout / run.save_every)))
-    watch = Watch(ctx.dir, ctx.console, stage.max_kl, evidence_of(policy, reference, ids[0]))
+    evidence = dict if stage.anchor else evidence_of(policy, reference, ids[0])  # an anchor is meant to move
+    watch = Watch(ctx.dir, ctx.console, stage.max_kl, evidence)
     with ExitStack() as stack:
         hooks = [stack.enter_context(hook) for hook in (gold, watch) if hook is not None]
         roles = {"policy": policy} | ({} if value is None else {"value": value})
         roles |= {"reference": reference} if "kl_to_other" in objective.reads["policy"] else {}
         optim = optimiser(stage, merged_steps(stage, ctx, start, policy), average)
         fit(roles, objective, source, optim=optim, run=run, hooks=hooks)
-    if average is not None:
+    if average is not None and stage.ema:
         average.put(policy.parameters())
     save(policy, stage, start.path, ctx.dir, start.tokenizer)
+
+
+def averaged(stage: Reinforce, reference: Model) -> Average | None:
+    """The average of the policy's weights: to be written at the end, or as the reference that follows."""
+    if stage.anchor:
+        return Average(1 - stage.anchor, into=dict(reference.net.named_parameters()))
+    return Average(stage.ema) if stage.ema else None
 
 
 def rewarded(stage: Reinforce, ctx: Context, start: Start, dtype: torch.dtype) -> tuple[Reward, Model | None]:
