@@ -10,7 +10,8 @@ from posttrain.models import lora as adapters
 from posttrain.models.attention import attend
 from posttrain.models.decode import _checked_calls, decoder_of
 from posttrain.models.policy import Model
-from posttrain.models.slots import SlotLayout, _one_query
+from posttrain.models.slots import SlotLayout, by_products
+from posttrain.ops.recorded import _graphs
 from tiny import ours, plain_net
 
 WRITTEN_OUT = ["llama", "mistral", "qwen2", "qwen3"]
@@ -94,14 +95,14 @@ def test_weights_are_read_anew_and_with_the_adapter_that_is_merged():
         assert torch.equal(decoded(Model(net), 3), plain)
 
 
-def test_one_query_in_half_precision_is_as_close_as_its_factors():
+def testby_products_in_half_precision_is_as_close_as_its_factors():
     """Scores of 30, which bf16 holds to 0.06: a product rounded to bf16 would be off by several per cent."""
     draw = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(3, 2, n, 64, generator=draw).bfloat16() for n in (3, 50, 50))
     query = query * 8
     unseen = torch.arange(50)[None] > torch.tensor([10, 49, 30])[:, None]
     exact = attend(query.double(), key.double(), value.double(), ~unseen[:, None, None], 0.125, None)
-    got = _one_query(query, key, value, unseen, 0.125)
+    got = by_products(query, key, value, unseen, 0.125)
     rounded = (query @ key.transpose(2, 3)).double() * 0.125
     share = rounded.masked_fill(unseen[:, None, None], float("-inf")).softmax(-1)
     coarse = share @ value.double()
@@ -124,3 +125,19 @@ def test_a_cache_grows_and_shrinks_with_what_it_holds():
         assert torch.equal(held[0, :, :40], fresh[:40].transpose(0, 1))
         assert torch.equal(held[1, :, :10], fresh[10:20].transpose(0, 1))
         assert held.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_one_sequence_first_and_then_others(dtype):
+    """What is recorded with one slot serves several, and the other way round."""
+    _graphs.clear()
+    model = Model(ours(plain_net(dtype=dtype)))
+    with torch.no_grad():
+        whole = model.net.base_model(input_ids=TOKENS[:, :5]).last_hidden_state.double()
+        for count in (1, 4, 2, 1):
+            layout, decoder = SlotLayout(4, torch.device("cpu")), decoder_of(model)
+            layout.position -= 1
+            for at, ids in enumerate(TOKENS.T[:5]):
+                got = decoder.states(ids[:count], layout.advance(count), layout).double()
+                wanted = whole[:count, at]
+                assert (got - wanted).norm() < (1e-9 if dtype == torch.float64 else 0.03) * wanted.norm()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,9 +18,8 @@ from torch.nn.functional import linear, rms_norm
 
 from posttrain.models.policy import Model
 from posttrain.models.slots import SlotLayout
+from posttrain.ops.recorded import recorded
 
-Product = Callable[[Tensor], Tensor]
-Norm = tuple[Tensor, float]
 Call = tuple[float, float | None, int | None]
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
 """Largest difference from the network's own states, of their norm."""
@@ -28,36 +27,58 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.03, tor
 _calls: WeakKeyDictionary[Any, list[Call] | None] = WeakKeyDictionary()
 
 
+_acts: dict[str, Any] = {}  # one for all layers, so that layers of one form are known as such
+
+
+class _Product(NamedTuple):
+    """``times(x, *weights)`` is x by the weights and ``onto(x, base, *weights)`` that and ``base``."""
+
+    times: Callable[..., Tensor]
+    onto: Callable[..., Tensor]
+    weights: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What layers of one form share: functions of their tensors, epsilons of their norms, sizes of heads."""
+
+    width: int
+    kv_heads: int
+    before: float
+    after: float
+    of_heads: tuple[float, float] | None
+    qkv: Callable[..., Tensor]
+    out: Callable[..., Tensor]
+    of_out: int  # tensors of the output product, which stand first among those of `_after`
+    gate_up: Callable[..., Tensor]
+    of_gate_up: int
+    down: Callable[..., Tensor]
+    act: Any
+
+
 @dataclass(frozen=True)
 class _Layer:
-    """One layer: norms (weight, epsilon), products, and what its attention is called with (scaling, soft-cap, window)."""
+    """One layer: its form, the tensors of what comes before its attention and after, what its attention is called with."""
 
-    before: Norm
-    after: Norm
-    of_query: Norm | None
-    of_key: Norm | None
-    kv_heads: int
-    qkv: Product
-    out: Product
-    gate_up: Product
-    down: Product
-    act: Product
+    form: _Form
+    before: tuple[Tensor, ...]
+    after: tuple[Tensor, ...]
     call: Call
 
 
 class Decoder:
-    """The trunk and the output layer of a role, with the weights they have when it is made.
-
-    Attributes:
-        head: from states ``[S, d]`` to the output layer's product ``[S, V]``, in the network's dtype.
-    """
+    """The trunk and the output layer of a role, with the weights they have when it is made."""
 
     def __init__(self, model: Model, calls: Sequence[Call]) -> None:
         trunk, head = model.trunk, model.head
         self.embed, self.rotary, self.final = trunk.embed_tokens, trunk.rotary_emb, _norm(trunk.norm)
         self.width: int = trunk.layers[0].self_attn.head_dim
         self.layers = [_layer(layer, call, self.width) for layer, call in zip(trunk.layers, calls, strict=True)]
-        self.head = _product([head.weight], [head.bias])
+        self.output = _product([head.weight], [head.bias])
+
+    def head(self, states: Tensor) -> Tensor:
+        """From states ``[S, d]`` to the output layer's product ``[S, V]``, in the network's dtype."""
+        return self.output.times(states, *self.output.weights)
 
     def states(self, ids: Tensor, positions: Tensor, layout: SlotLayout) -> Tensor:
         """Final states ``[S, d]`` of one token a slot, ids ``[S]`` at ``positions`` ``[S]``."""
@@ -68,22 +89,35 @@ class Decoder:
             [-sin[..., :half], sin[..., half:]], -1
         )  # a turn by half the width then needs no change of sign
         for index, layer in enumerate(self.layers):
-            qkv = layer.qkv(_rms(x, layer.before)).view(len(ids), -1, self.width)
-            queries = qkv.shape[1] - 2 * layer.kv_heads
-            qk, value = qkv[:, : -layer.kv_heads], qkv[:, -layer.kv_heads :]
-            if layer.of_query is not None and layer.of_key is not None:
-                qk = torch.cat([_rms(qk[:, :queries], layer.of_query), _rms(qk[:, queries:], layer.of_key)], 1)
-            qk = (qk * cos).add_(qk.roll(half, -1).mul_(sin))[:, :, None]
-            seen = layout.attend(index, qk[:, :queries], qk[:, queries:], value[:, :, None], *layer.call)
-            x = x + layer.out(seen.view(len(ids), -1))
-            gate, up = layer.gate_up(_rms(x, layer.after)).chunk(2, -1)
-            x = x + layer.down(layer.act(gate) * up)
-        return _rms(x, self.final)
+            heads = recorded(_before, x, cos, sin, *layer.before, form=layer.form)
+            seen = layout.attend(index, *heads, *layer.call)
+            x = recorded(_after, x, seen, *layer.after, form=layer.form)
+        return _rms(x, *self.final)
 
 
-def _rms(x: Tensor, norm: Norm) -> Tensor:
+def _before(x: Tensor, cos: Tensor, sin: Tensor, norm: Tensor, *rest: Tensor, form: _Form) -> tuple[Tensor, ...]:
+    """Query ``[S, H, 1, D]``, key and value ``[S, Hk, 1, D]`` from a layer's input ``[S, d]``."""
+    normed = 2 if form.of_heads is not None else 0
+    qkv = form.qkv(_rms(x, norm, form.before), *rest[normed:]).view(x.shape[0], -1, form.width)
+    qk, value = qkv[:, : -form.kv_heads], qkv[:, -form.kv_heads :]
+    if form.of_heads is not None:
+        parts = (qk[:, : -form.kv_heads], qk[:, -form.kv_heads :])
+        qk = torch.cat([_rms(p, w, e) for p, w, e in zip(parts, rest[:2], form.of_heads, strict=True)], 1)
+    qk = (qk * cos).add_(qk.roll(form.width // 2, -1).mul_(sin))[:, :, None]
+    return qk[:, : -form.kv_heads], qk[:, -form.kv_heads :], value[:, :, None]
+
+
+def _after(x: Tensor, seen: Tensor, norm: Tensor, *weights: Tensor, form: _Form) -> Tensor:
+    """A layer's output ``[S, d]`` from its input and what its attention saw, ``[S, 1, H, D]``."""
+    last = form.of_out + form.of_gate_up
+    out, gate_up, down = weights[: form.of_out], weights[form.of_out : last], weights[last:]
+    x = form.out(seen.flatten(1), x, *out)
+    gate, up = form.gate_up(_rms(x, norm, form.after), *gate_up).chunk(2, -1)
+    return form.down(form.act(gate) * up, x, *down)
+
+
+def _rms(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """An RMS norm over the last dimension; in bf16 rounded where transformers rounds it, in half the passes of torch's own."""
-    weight, epsilon = norm
     if x.dtype != torch.bfloat16:
         return rms_norm(x, x.shape[-1:], weight, epsilon)
     wide = x.float()
@@ -91,7 +125,7 @@ def _rms(x: Tensor, norm: Norm) -> Tensor:
     return (wide * size.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()).to(x.dtype) * weight
 
 
-def _norm(module: Any) -> Norm:
+def _norm(module: Any) -> tuple[Tensor, float]:
     """Weight and epsilon of an RMS norm, which has no bias."""
     return module.weight, getattr(module, "variance_epsilon", None) or module.eps
 
@@ -99,31 +133,32 @@ def _norm(module: Any) -> Norm:
 def _layer(layer: Any, call: Call, width: int) -> _Layer:
     """Read a transformers layer; other attributes than those of Llama's, Mistral's or Qwen's raise AttributeError."""
     attention, mlp = layer.self_attn, layer.mlp
-    extra = {name for name, _ in layer.named_children()} - {
-        "self_attn",
-        "mlp",
-        "input_layernorm",
-        "post_attention_layernorm",
-    }
-    if extra:
+    known = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+    if extra := {name for name, _ in layer.named_children()} - known:
         raise AttributeError(f"a layer with {sorted(extra)}")
     q, k, v = (_plain(getattr(attention, f"{x}_proj")) for x in "qkv")
     gate, up = _plain(mlp.gate_proj), _plain(mlp.up_proj)
-    out, down = _plain(attention.o_proj), _plain(mlp.down_proj)
-    normed = hasattr(attention, "q_norm")
-    return _Layer(
-        before=_norm(layer.input_layernorm),
-        after=_norm(layer.post_attention_layernorm),
-        of_query=_norm(attention.q_norm) if normed else None,
-        of_key=_norm(attention.k_norm) if normed else None,
+    before, after = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
+    heads = [_norm(attention.q_norm), _norm(attention.k_norm)] if hasattr(attention, "q_norm") else []
+    qkv = _product([q.weight, k.weight, v.weight], [q.bias, k.bias, v.bias])
+    gate_up = _product([gate.weight, up.weight], [gate.bias, up.bias])
+    out, down = (_product([m.weight], [m.bias]) for m in (_plain(attention.o_proj), _plain(mlp.down_proj)))
+    form = _Form(
+        width=width,
         kv_heads=len(k.weight) // width,
-        qkv=_product([q.weight, k.weight, v.weight], [q.bias, k.bias, v.bias]),
-        out=_product([out.weight], [out.bias]),
-        gate_up=_product([gate.weight, up.weight], [gate.bias, up.bias]),
-        down=_product([down.weight], [down.bias]),
-        act=mlp.act_fn,
-        call=call,
+        before=before[1],
+        after=after[1],
+        of_heads=(heads[0][1], heads[1][1]) if heads else None,
+        qkv=qkv.times,
+        out=out.onto,
+        of_out=len(out.weights),
+        gate_up=gate_up.times,
+        of_gate_up=len(gate_up.weights),
+        down=down.onto,
+        act=_acts.setdefault(repr(mlp.act_fn), mlp.act_fn),
     )
+    first = (before[0], *(weight for weight, _ in heads), *qkv.weights)
+    return _Layer(form, first, (after[0], *out.weights, *gate_up.weights, *down.weights), call)
 
 
 def _plain(module: Any) -> Any:
@@ -131,19 +166,41 @@ def _plain(module: Any) -> Any:
     return module.get_base_layer() if isinstance(module, LoraLayer) else module
 
 
-def _product(weights: list[Tensor], biases: list[Any]) -> Product:
+def _product(weights: list[Tensor], biases: list[Any]) -> _Product:
     """``x -> x [W1; W2; ...]' + b``, weights ``[out, in]``.
 
     bf16 weights are copied into the processor library's own order, in which it need not sort them at every call; others are
     read where they are.
     """
-    bias = None if biases[0] is None else torch.cat(biases)
     if weights[0].dtype == torch.bfloat16 and weights[0].device.type == "cpu" and _packs():
+        bias = () if biases[0] is None else (torch.cat(biases).detach(),)
         packed = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights).detach())
-        return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-    if len(weights) == 1:
-        return lambda x: linear(x, weights[0], bias)
-    return lambda x: torch.cat([linear(x, w, b) for w, b in zip(weights, biases, strict=True)], -1)
+        return _Product(_packed, _packed_onto, (packed, *bias))
+    kept = [x.detach() for x in (*weights, *(b for b in biases if b is not None))]
+    return _Product(_joined, _joined_onto, tuple(kept))
+
+
+def _joined(x: Tensor, *weights: Tensor) -> Tensor:
+    """The products with weights that are read where they are, side by side; matrices first, then the biases if there are any."""
+    matrices = [w for w in weights if w.dim() == 2]
+    biases = [w for w in weights if w.dim() == 1] or [None] * len(matrices)
+    parts = [linear(x, w, b) for w, b in zip(matrices, biases, strict=True)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def _joined_onto(x: Tensor, base: Tensor, *weights: Tensor) -> Tensor:
+    return base + _joined(x, *weights)
+
+
+def _packed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The product with packed weights; recorded it is added to zeros, for there is no record of the other one's arguments."""
+    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+        return _packed_onto(x, x.new_zeros((x.shape[0], weight.shape[0])), weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _packed_onto(x: Tensor, base: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.binary(x, base, weight, bias, "add")
 
 
 def _packs() -> bool:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain.models.slots import SlotLayout, scores_of
+from posttrain.models.slots import SlotLayout, kept, scores_of
+from posttrain.ops.recorded import recorded
 
 _Place = tuple[int, tuple[int, int]]
 
@@ -26,8 +27,9 @@ class SharedSlots(SlotLayout):
         self.begin = torch.zeros_like(self.position)  # tokens of each slot's prompt
         self.order: list[_Place] = []
         self.prompts: dict[int, tuple[Tensor, Tensor]] = {}
-        self.width, self.seats = 0, 0
-        self.seat, self.before = self.position[:0], self.position[:0]
+        self.width = 0
+        self.seat = self.position[:0]
+        self.seats = self.position[:0, None]  # read for its shape [P, R] alone
 
     def load(self, slot: int, sink: dict[int, Any], span: tuple[int, int]) -> None:
         """Let a slot continue a prefilled prompt (tokens ``span`` of the prefill's packed stream)."""
@@ -59,8 +61,9 @@ class SharedSlots(SlotLayout):
         for place in homes:
             ranks.append((self.order.index(place), taken[place]))
             taken[place] += 1
-        self.seats = max(taken.values())
-        self.seat = torch.tensor([p * self.seats + r for p, r in ranks], device=self.position.device)
+        most = max(taken.values())
+        self.seats = torch.empty((len(self.order), most), device=self.position.device)
+        self.seat = torch.tensor([p * most + r for p, r in ranks], device=self.position.device)
 
     def _gather(self, live: list[_Place]) -> None:
         """Put the keys and values of these prompts into one block a layer, ``[P, Hk, W, D]``."""
@@ -100,32 +103,50 @@ class SharedSlots(SlotLayout):
         """Return ``[S, 1, H, D]`` from query ``[S, H, 1, D]`` and this step's key and value ``[S, Hk, 1, D]``."""
         if softcap is not None:
             raise NotImplementedError("bounded scores over shared prompts")
-        count, heads = query.shape[:2]
-        keys, values = self._of(layer, key[:, :, 0], value[:, :, 0])
-        rows, own_at = self.rows[:count], (self.position - self.begin)[:count]
-        keys[rows, :, own_at] = key[:, :, 0]
-        values[rows, :, own_at] = value[:, :, 0]
-        kv_heads = keys.shape[1]
-        grouped = query.reshape(count, kv_heads, heads // kv_heads, query.shape[3])
-        own = scores_of(grouped.flatten(0, 1), keys[:count].flatten(0, 1), scaling).view(*grouped.shape[:3], -1)
-        prompt_keys, prompt_values = (x.flatten(0, 1) for x in self.prompts[layer])
-        shared = self._to_slots(scores_of(self._to_prompts(grouped), prompt_keys, scaling), kv_heads)
-        scores = torch.cat([shared, own], -1).masked_fill_(self.unseen(count, window)[:, None, None], float("-inf"))
-        share = scores.softmax(-1).to(value.dtype)
-        before, after = share.split([self.width, self.length], -1)
-        out = self._to_slots(torch.bmm(self._to_prompts(before), prompt_values), kv_heads)
-        # Both parts are rounded before they are added, by less than their sum is.
-        out = out + torch.bmm(after.reshape(-1, *after.shape[2:]), values[:count].flatten(0, 1)).view_as(out)
-        return out.reshape(count, 1, heads, values.shape[3])
+        count = len(query)
+        cache = self._of(layer, key[:, :, 0], value[:, :, 0])
+        own_at = (self.position - self.begin)[:count]
+        where = (
+            *cache,
+            self.rows[:count],
+            own_at,
+            *self.prompts[layer],
+            self.seat,
+            self.seats,
+            self.unseen(count, window),
+        )
+        return recorded(_of_shared_slots, query, key, value, *where, scaling=scaling)
 
-    def _to_prompts(self, x: Tensor) -> Tensor:
-        """``[S, Hk, G, N]`` of slots as ``[P Hk, R G, N]`` of prompts, zero where a seat is empty."""
-        _, kv_heads, groups, size = x.shape
-        grid = x.new_zeros((len(self.order) * self.seats, kv_heads, groups, size)).index_copy_(0, self.seat, x)
-        grid = grid.view(len(self.order), self.seats, kv_heads, groups, size).transpose(1, 2)
-        return grid.reshape(len(self.order) * kv_heads, self.seats * groups, size)
 
-    def _to_slots(self, x: Tensor, kv_heads: int) -> Tensor:
-        """The way back, ``[P Hk, R G, N]`` to ``[S, Hk, G, N]``."""
-        grid = x.view(len(self.order), kv_heads, self.seats, -1, x.shape[2]).transpose(1, 2)
-        return grid.flatten(0, 1).index_select(0, self.seat)
+def _of_shared_slots(query: Tensor, key: Tensor, value: Tensor, *where: Tensor, scaling: float) -> Tensor:
+    """`SharedSlots.attend`, from the cache, rows, positions, the prompts, the seats and what is not seen."""
+    grouped, keys, values = kept(query, key, value, *where[:4])
+    prompt_keys, prompt_values, seat, seats, unseen = where[4:]
+    count, kv_heads, groups, width = grouped.shape
+    own = scores_of(grouped.flatten(0, 1), keys.flatten(0, 1), scaling).view(count, kv_heads, groups, -1)
+    shared = scores_of(_to_prompts(grouped, seat, seats), prompt_keys.flatten(0, 1), scaling)
+    scores = torch.cat([_to_slots(shared, seat, seats, kv_heads), own], -1)
+    share = scores.masked_fill_(unseen[:, None, None], float("-inf")).softmax(-1).to(value.dtype)
+    before, after = share[..., : prompt_keys.shape[2]], share[..., prompt_keys.shape[2] :]
+    seen = torch.bmm(_to_prompts(before, seat, seats), prompt_values.flatten(0, 1))
+    # Both parts are rounded before they are added, by less than their sum is.
+    out = _to_slots(seen, seat, seats, kv_heads) + torch.bmm(
+        after.reshape(count * kv_heads, groups, -1), values.flatten(0, 1)
+    ).view(grouped.shape)
+    return out.reshape(count, 1, -1, width)
+
+
+def _to_prompts(x: Tensor, seat: Tensor, seats: Tensor) -> Tensor:
+    """``[S, Hk, G, N]`` of slots as ``[P Hk, R G, N]`` of prompts, zero where one of ``[P, R]`` seats is empty."""
+    prompts, each = seats.shape
+    _, kv_heads, groups, size = x.shape
+    grid = x.new_zeros((prompts * each, kv_heads, groups, size)).index_copy_(0, seat, x)
+    grid = grid.view(prompts, each, kv_heads, groups, size).transpose(1, 2)
+    return grid.reshape(prompts * kv_heads, each * groups, size)
+
+
+def _to_slots(x: Tensor, seat: Tensor, seats: Tensor, kv_heads: int) -> Tensor:
+    """The way back, ``[P Hk, R G, N]`` to ``[S, Hk, G, N]``."""
+    prompts, each = seats.shape
+    grid = x.view(prompts, kv_heads, each, -1, x.shape[2]).transpose(1, 2)
+    return grid.flatten(0, 1).index_select(0, seat)

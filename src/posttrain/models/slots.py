@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from posttrain.models.attention import attend
+from posttrain.ops.recorded import recorded
 
 _STRIDE = 64  # positions by which a cache grows; kernels are prepared once for each length they meet
 _FEW = 640  # keys in all, of bf16, up to which one fused kernel is faster than two products
@@ -92,32 +93,51 @@ class SlotLayout:
         window: int | None,
     ) -> Tensor:
         """Return ``[S, 1, H, D]`` from query ``[S, H, 1, D]`` and this step's key and value ``[S, Hk, 1, D]``."""
-        count, heads = query.shape[:2]
-        keys, values = self._of(layer, key[:, :, 0], value[:, :, 0])
-        rows, position = self.rows[:count], self.position[:count]
-        keys[rows, :, position] = key[:, :, 0]
-        values[rows, :, position] = value[:, :, 0]
+        count = len(query)
+        cache = self._of(layer, key[:, :, 0], value[:, :, 0])
+        where = (*cache, self.rows[:count], self.position[:count])
         unseen = self.unseen(count, window)
-        # The queries of one key head stand as rows of one attention, so that keys are not copied for each of them.
-        grouped = query.reshape(count, keys.shape[1], heads // keys.shape[1], query.shape[3])
-        if query.device.type == "cpu" and softcap is None:
-            out = _one_query(grouped, keys[:count], values[:count], unseen, scaling)
-        else:
-            out = attend(grouped, keys[:count], values[:count], ~unseen[:, None, None], scaling, softcap)
-        return out.reshape(count, 1, heads, values.shape[3])
+        if query.device.type != "cpu" or softcap is not None:
+            grouped, keys, values = kept(query, key, value, *where)
+            out = attend(grouped, keys, values, ~unseen[:, None, None], scaling, softcap)
+            return out.reshape(count, 1, -1, values.shape[3])
+        few = query.dtype == torch.bfloat16 and count * self.length <= _FEW
+        return recorded(_of_slots, query, key, value, *where, unseen, scaling=scaling, fused=few)
 
 
-def _one_query(query: Tensor, key: Tensor, value: Tensor, unseen: Tensor, scaling: float) -> Tensor:
+def kept(
+    query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, rows: Tensor, position: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Write a step's keys and values into a cache; returns ``[S, Hk, G, D]`` queries and the keys and values of these slots.
+
+    The queries of one key head stand as rows of one attention, so that keys are not copied for each of them.
+    """
+    keys.transpose(1, 2).index_put_((rows, position), key[:, :, 0])
+    values.transpose(1, 2).index_put_((rows, position), value[:, :, 0])
+    count = rows.shape[0]
+    return query.reshape(count, keys.shape[1], -1, query.shape[3]), keys[:count], values[:count]
+
+
+def _of_slots(query: Tensor, key: Tensor, value: Tensor, *where: Tensor, scaling: float, fused: bool) -> Tensor:
+    """`SlotLayout.attend` on a processor, from the cache, rows, positions and what is not seen."""
+    grouped, keys, values = kept(query, key, value, *where[:4])
+    if fused:
+        seen = ~where[4][:, None, None]
+        out = scaled_dot_product_attention(grouped, keys, values, seen, scale=scaling)
+    else:
+        out = by_products(grouped, keys, values, where[4], scaling)
+    return out.reshape(out.shape[0], 1, -1, out.shape[3])
+
+
+def by_products(query: Tensor, key: Tensor, value: Tensor, unseen: Tensor, scaling: float) -> Tensor:
     """Attention ``[S, Hk, G, D]`` of the G queries of each key head, as two batched products.
 
     Fused kernels are made for many queries: with one each they take up to three times as long, but begin sooner.
     """
-    if query.dtype == torch.bfloat16 and len(query) * key.shape[2] <= _FEW:
-        return scaled_dot_product_attention(query, key, value, ~unseen[:, None, None], scale=scaling)
     rows, kv_heads, groups, _ = query.shape
     scores = scores_of(query.flatten(0, 1), key.flatten(0, 1), scaling).view(rows, kv_heads * groups, -1)
     share = scores.masked_fill_(unseen[:, None], float("-inf")).softmax(-1).to(value.dtype)
-    return torch.bmm(share.view(rows * kv_heads, groups, -1), value.flatten(0, 1)).view(*query.shape[:3], -1)
+    return torch.bmm(share.view(rows * kv_heads, groups, -1), value.flatten(0, 1)).view(query.shape)
 
 
 def scores_of(query: Tensor, key: Tensor, scaling: float) -> Tensor:

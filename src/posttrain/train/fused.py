@@ -83,7 +83,7 @@ def fused_step(optimizer: MasterAdamW, factor: float) -> Iterator[Moved]:
             optimizer.inner.step()
             parameter.grad = master.grad = None
             if master is not parameter:
-                parameter.data.copy_(master)
+                optimizer.follow(parameter, master)
 
         return move
 

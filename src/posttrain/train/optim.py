@@ -14,6 +14,7 @@ from posttrain.errors import CheckError, ConfigError
 from posttrain.train.ema import Average
 from posttrain.train.fused import Moved, check_fused, fused_step
 from posttrain.train.online_merging import OnlineMerge
+from posttrain.train.rounding import rounded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,11 +141,16 @@ class MasterAdamW:
             for name, parameter in named.items():
                 master = self.masters[role][name]
                 if master is not parameter:
-                    parameter.data.copy_(master)
+                    self.follow(parameter, master)
         if self.optim.average is not None:
             self.optim.average.move(self.masters)
         self.clear()
         return total
+
+    def follow(self, parameter: nn.Parameter | Tensor, master: Tensor) -> None:
+        """Put a master's value into its narrower parameter; bf16 is rounded at random (`posttrain.train.rounding`)."""
+        moment = self.inner.state.get(master, {}).get("exp_avg") if parameter.dtype == torch.bfloat16 else None
+        parameter.data.copy_(rounded(master.detach(), moment))
 
     def _decayed(self) -> dict[tuple[str, str], Tensor]:
         """Copies of the masters that are merged, after the weight decay of this step: decay is no part of what is merged."""
@@ -200,7 +206,6 @@ class MasterAdamW:
                         f"the checkpoint has no '{key}' of shape {tuple(master.shape)}; it is of another model"
                     )
                 master.data.copy_(tensors[key])
-                self.roles[role][name].data.copy_(master)
                 state = {
                     k: tensors[f"{role}/{k}/{name}"].clone()
                     for k in ("step", "exp_avg", "exp_avg_sq")
@@ -208,5 +213,7 @@ class MasterAdamW:
                 }
                 if state:
                     self.inner.state[master] = state
+                if master is not self.roles[role][name]:
+                    self.follow(self.roles[role][name], master)
         if self.optim.average is not None:
             self.optim.average.load(tensors)
