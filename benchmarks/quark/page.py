@@ -28,8 +28,11 @@ def claims(line: dict[str, Any]) -> dict[str, bool]:
 
 def write(lines: list[dict[str, Any]]) -> None:
     """Write page and image from the lines of all seeds."""
-    draw(lines)
     out = ["# Quark: what was declared, and what came", "", DECLARED.read_text().partition("\n")[2].strip(), ""]
+    if not lines:
+        PAGE.write_text("\n".join([*out, "Not run yet.", ""]))
+        return
+    draw(lines)
     out += [
         "## What came",
         "",

@@ -35,8 +35,8 @@ USEFUL, COST = (f"posttrain.data.smallworld_safety:{name}" for name in ("usefuln
 LIMIT = -0.7
 POLICY: dict[str, Any] = {
     "cost_limit": LIMIT, "multiplier": 1.0, "multiplier_rate": 0.1, "multiplier_most": 5.0, "window": 256, "steps": 32,
-    "prompts_per_step": 16, "samples_per_prompt": 4, "lora_rank": 8, "lr": 1.5e-3, "value_lr": 3e-3, "kl": 0.02, "lam": 1.0, "warmup_steps": 2,
-    "max_new_tokens": 24, "cut_score": 0.0, "save_every": 32, "dtype": "float32", "schedule": "constant",
+    "prompts_per_step": 16, "samples_per_prompt": 4, "lora_rank": 8, "lr": 1.5e-3, "value_lr": 3e-3, "kl": 0.02, "lam": 1.0,
+    "warmup_steps": 2, "max_new_tokens": 24, "cut_score": 0.0, "save_every": 32, "dtype": "float32", "schedule": "constant",
 }  # fmt: skip
 PROMPTS, SAMPLES = 128, 2
 

@@ -45,14 +45,17 @@ def write(lines: list[dict[str, Any]]) -> None:
     """Write page and image from the lines of all seeds that have both arms."""
     known = {(x["seed"], x["arm"]): x for x in lines}
     seeds = sorted({seed for seed, _ in known if all((seed, arm) in known for arm in ARMS)})
-    draw([known[seed, arm] for seed in seeds for arm in ARMS])
-    found = [claims(*(known[seed, arm] for arm in ARMS)) for seed in seeds]
     out = [
         "# A limit on cost: what was declared, and what came",
         "",
         DECLARED.read_text().partition("\n")[2].strip(),
         "",
     ]
+    if not seeds:
+        PAGE.write_text("\n".join([*out, "Not run yet.", ""]))
+        return
+    draw([known[seed, arm] for seed in seeds for arm in ARMS])
+    found = [claims(*(known[seed, arm] for arm in ARMS)) for seed in seeds]
     out += [
         "## What came",
         "",
