@@ -9,7 +9,7 @@ def quark(model: str = "smollm2", data: str = "default") -> Recipe:
     """Quark: explore, sort the pool of all answers into bins of reward, learn each answer after its bin's token.
 
     The paper unlearns toxic, negative and repetitive text by a classifier's scores; here the reward model is trained on the
-    data's rankings. What follows is the laptop block, with the paper's number in brackets (section 3, appendix A).
+    data's rankings. What follows is the laptop block, with the number of the authors' code in brackets.
     """
     sft = SFT(model=model, data=data, epochs=2, prompts_per_step=8, lora_rank=16, lr=3e-4)
     reward = TrainReward(model=sft, data=data, epochs=2, prompts_per_step=8, lora_rank=16, lr=5e-4)
