@@ -25,15 +25,14 @@ from rich.console import Console
 from posttrain.data import smallworld
 from posttrain.data.collate import demonstration_rows, prompt_ids
 from posttrain.evals.statistics import cluster_bootstrap
-from posttrain.graph import override
 from posttrain.machine import deterministic_kernels
-from posttrain.models.load import load_policy, load_reward, load_tokenizer
+from posttrain.models.load import find_model, load_policy, load_reward, load_tokenizer
 from posttrain.registry import RECIPES
 from posttrain.rewards.base import Completion
 from posttrain.rollout.engine import Request, Sampling
 from posttrain.rollout.local import LocalEngine
 from posttrain.runner import run_recipe
-from posttrain.stages import Recipe, Reinforce
+from posttrain.stages import Recipe, Reinforce, TrainReward
 from posttrain.train.reference import row_logp
 from posttrain.types import Example, Message, Response, stable_hash
 from posttrain.work.reinforce import load_trained
@@ -47,13 +46,14 @@ ARMS: dict[str, dict[str, Any]] = {
     "ptx": {"against_start": 0},
     "chatglm": {},
 }
+START: dict[str, Any] = {"model": "small", "data": "smallworld", "dtype": "float32"}
 NUMBERS: dict[str, Any] = {
     "lora_rank": 8, "lr": 4e-3, "value_lr": 1e-3, "steps": 30, "prompts_per_step": 12, "samples_per_prompt": 4,
     "updates_per_rollout": 1, "max_new_tokens": 32, "kl": 0.0, "ptx": 1.0, "ptx_share": 0.25,
 }  # fmt: skip
 HACK: dict[str, Any] = {
-    "model": "small", "data": "smallworld", "gold": GOLD, "lora_rank": 8, "lr": 4e-3, "steps": 50, "prompts_per_step": 12,
-    "samples_per_prompt": 4, "updates_per_rollout": 1, "max_new_tokens": 32, "kl": 0.0, "warmup_steps": 2, "dtype": "float32",
+    "gold": GOLD, "lora_rank": 8, "lr": 4e-3, "steps": 50, "prompts_per_step": 12,
+    "samples_per_prompt": 4, "updates_per_rollout": 1, "max_new_tokens": 32, "kl": 0.0, "warmup_steps": 2,
     "algorithm": "rloo", "fused": False,
 }  # fmt: skip
 
@@ -113,7 +113,7 @@ def answers(model: Any, tokenizer: Any, seed: int) -> list[Completion]:
 
 def measured(model: Any, run: Path, seed: int) -> dict[str, Any]:
     """A policy's reward and gold on held-out prompts, and its likelihood of right answers."""
-    tokenizer = load_tokenizer(str(run / "sft"))
+    tokenizer = load_tokenizer(find_model("small").path)
     told = answers(model, tokenizer, seed)
     scorer = scored_by(load_reward(str(run / "reward"), dtype=torch.float32), run / "reward", max_tokens=2048)
     reward = [s.value for s in scorer(told)]
@@ -133,22 +133,20 @@ def first_rollout(place: Path) -> dict[str, Any]:
     rows = [r for r in rows if r["step"] == 0]
     relative, raw = (np.array([f(r) for r in rows]) for f in (lambda r: r["reward"], lambda r: r["parts"]["raw"]))
     found = cluster_bootstrap(relative, np.array([r["prompt"] for r in rows]))
-    start = {"mean": found.mean, "low": found.low, "high": found.high, "raw_mean": float(raw.mean())}
-    return {"start": start, "variance": float(relative.var()), "raw_variance": float(raw.var())}
+    first = {"mean": found.mean, "low": found.low, "high": found.high, "raw_mean": float(raw.mean())}
+    return {"first": first, "variance": float(relative.var()), "raw_variance": float(raw.var())}
 
 
 def kept_run(seed: int, folder: Path) -> dict[str, Any]:
     """One start, one reward model, three policies."""
-    base = override(RECIPES["chatglm_rlhf"](), {"reinforce": NUMBERS})
-    stages = {name: base.stages[name] for name in ("sft", "reward")}
-    stage = base.stages["reinforce"]
-    stages |= {name: replace(stage, **changes) for name, changes in ARMS.items()}
-    typed = {name: frozenset(NUMBERS) for name in ARMS}
-    run = run_recipe(Recipe("kept", stages, typed=typed), root=folder, console=quiet(), seed=seed, tiny=True)
-    found: dict[str, Any] = {"sft": measured(load_policy(str(run / "sft"), dtype=torch.float32), run, seed)}
+    reward = TrainReward(epochs=3.0, prompts_per_step=8, lora_rank=0, lr=1e-3, **START)
+    stage = replace(RECIPES["chatglm_rlhf"]().stages["reinforce"], reward=reward, **START, **NUMBERS)
+    stages = {"reward": reward} | {name: replace(stage, **changes) for name, changes in ARMS.items()}
+    run = run_recipe(Recipe("kept", stages), root=folder, console=quiet(), seed=seed)
+    start = find_model("small").path
+    found: dict[str, Any] = {"start": measured(load_policy(start, dtype=torch.float32), run, seed)}
     for name in ARMS:
-        policy = load_trained(run / name / "policy", str(run / "sft"), torch.float32)
-        found[name] = measured(policy, run, seed)
+        found[name] = measured(load_trained(run / name / "policy", start, torch.float32), run, seed)
         rows = [json.loads(line) for line in (run / name / "metrics.jsonl").read_text().splitlines()]
         found[name] |= {"kl": rows[-1]["kl/mean"], "std": [r["reward/std"] for r in rows]}
     return found | first_rollout(run / "chatglm")
@@ -158,7 +156,7 @@ def parted_run(seed: int, folder: Path) -> dict[str, Any]:
     """Two proxies from one start; the alarms of each, and where proxy and gold went."""
     found: dict[str, Any] = {}
     for proxy in ("flawed", "honest"):
-        stage = Reinforce(reward=f"benchmarks.systems.ppo:{proxy}", **HACK)
+        stage = Reinforce(reward=f"benchmarks.systems.ppo:{proxy}", **START, **HACK)
         run = run_recipe(Recipe("parted", {proxy: stage}), root=folder, console=quiet(), seed=seed) / proxy
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         columns = {k: [r[k] for r in rows] for k in ("reward/mean", "gold/reward", "kl/mean")}
@@ -189,7 +187,7 @@ def table(lines: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|",
     ]
     for x in mine:
-        s = x["start"]
+        s = x["first"]
         out.append(
             f"| {x['seed']} | {s['mean']:+.3f} [{s['low']:+.3f}, {s['high']:+.3f}] | {s['raw_mean']:+.3f} | {x['variance']:.3f} "
             f"| {x['raw_variance']:.3f} |"
@@ -200,12 +198,12 @@ def table(lines: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for x in mine:
-        for name in ("sft", *ARMS):
+        for name in ("start", *ARMS):
             a = x[name]
             kl = f"{a['kl']:.1f}" if "kl" in a else ""
             out.append(f"| {x['seed']} | {name} | {a['reward']:+.3f} | {a['gold']:.3f} | {a['nll']:.3f} | {kl} |")
     if mine:
-        rises = lambda name: lambda x: np.array(x[name]["rows"]) - np.array(x["sft"]["rows"])  # noqa: E731
+        rises = lambda name: lambda x: np.array(x[name]["rows"]) - np.array(x["start"]["rows"])  # noqa: E731
         out += ["", "| rise of nats a token over the start, all seeds | |", "|---|---|"]
         out += [f"| {name} | {over_prompts(mine, rises(name))} |" for name in ARMS]
         for name in ("ptx", "chatglm"):
@@ -213,7 +211,7 @@ def table(lines: list[dict[str, Any]]) -> str:
             half = lambda x, name=name: rises("plain")(x) / 2 - rises(name)(x)  # noqa: E731
             out.append(f"| plain less {name} | {over_prompts(mine, spared)} |")
             out.append(f"| half of plain's less {name} | {over_prompts(mine, half)} |")
-            gains = [np.mean([x[k]["reward"] - x["sft"]["reward"] for x in mine]) for k in (name, "plain")]
+            gains = [np.mean([x[k]["reward"] - x["start"]["reward"] for x in mine]) for k in (name, "plain")]
             out.append(f"| {name}: share of plain's gain in reward | {gains[0] / gains[1]:.2f} |")
     out += [
         "",
