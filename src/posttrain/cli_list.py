@@ -88,7 +88,7 @@ WORDS = {
 def needed(facts: Mapping[str, Any]) -> list[str]:
     """What a loss needs beside the policy's own log-probabilities, in words, of its facts."""
     names = [*facts.get("needs", ()), *facts.get("reads", ())]
-    return [*(WORDS.get(name, name) for name in names), *(["whole step"] if facts.get("coupled") else [])]
+    return [*(str(WORDS.get(name, name)) for name in names), *(["whole step"] if facts.get("coupled") else [])]
 
 
 def learns_from(registry: Registry, name: str) -> str:
