@@ -130,6 +130,7 @@ RECIPES = Registry(
         "deepseek_r1": "posttrain.recipes.deepseek_r1:deepseek_r1",
         "deepseek_v2": "posttrain.recipes.deepseek_v2:deepseek_v2",
         "dpo": "posttrain.recipes.dpo:dpo",
+        "expert_iteration": "posttrain.recipes.expert_iteration:expert_iteration",
         "gemini": "posttrain.recipes.gemini:gemini",
         "gemma2": "posttrain.recipes.gemma2:gemma2",
         "hermes3": "posttrain.recipes.hermes3:hermes3",
