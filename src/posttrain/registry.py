@@ -141,6 +141,8 @@ RECIPES = Registry(
         "phi3": "posttrain.recipes.phi3:phi3",
         "quark": "posttrain.recipes.quark:quark",
         "qwen2": "posttrain.recipes.qwen2:qwen2",
+        "raft": "posttrain.recipes.raft:raft",
+        "rest": "posttrain.recipes.rest:rest",
         "reward_model": "posttrain.recipes.reward_model:reward_model",
         "rso": "posttrain.recipes.rso:rso",
         "safe_rlhf": "posttrain.recipes.safe_rlhf:safe_rlhf",
