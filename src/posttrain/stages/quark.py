@@ -13,7 +13,7 @@ from posttrain.stages.training import Training
 
 @dataclass(frozen=True, kw_only=True)
 class Quark(Training):
-    """Learn each sampled response after a token for its bin of reward (Lu et al. 2022, arXiv 2205.13636; sizes are those of the authors' code).
+    """Learn each sampled response after a token for its bin of reward (Lu et al. 2022, arXiv 2205.13636; sizes of the authors' code).
 
     Every ``explore_every`` steps each prompt is answered, ``samples_per_prompt`` times: first by the start, then by the policy after
     the best token. Answers join a pool, which is sorted into ``bins`` of equal size. A step learns ``rows_per_step`` of the pool:
