@@ -57,6 +57,7 @@ def test_the_tasks_own_checker_scores_the_answer_that_is_marked():
     with pytest.raises(DataError, match="makes another entry 0 of 'chain_sum' than was asked"):
         check("What is 1 + 1?", right, meta)
     assert said("a <answer>1</answer> b <answer>2</answer>") == "2" and said("none") == "none"
+    assert said("so\n3 + 4 = 7.") == "7" and said("x = 1\nthe rest") == "x = 1\nthe rest" and said("3 = ") == "3 ="
 
 
 def test_a_checker_that_evaluates_gets_nothing_that_could_act(tmp_path):

@@ -25,8 +25,13 @@ def check(prompt: str, completion: str, meta: dict[str, Any]) -> float | None:
 
 
 def said(text: str) -> str:
-    """What a response gives as its answer: in the last ``<answer>`` tag, else as `marked_answer` reads it, else all of it."""
+    """What a response gives as its answer, the surest sign first.
+
+    In the last ``<answer>`` tag; as `marked_answer` reads it; after the last " = " of its last line; else all of it.
+    """
     if tagged := _TAGGED.findall(text):
         return tagged[-1].strip()
-    marked = marked_answer(text)
-    return text.strip() if marked is None else marked
+    if (marked := marked_answer(text)) is not None:
+        return marked
+    result = text.strip().rpartition("\n")[2].rpartition(" = ")
+    return result[2].strip().rstrip(".") or text.strip() if result[1] else text.strip()
