@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ Made by `python -m benchmarks.policy --page` from `benchmarks/results/policy.jso
 fp32), seeds {seeds}. A seed is another reward model (Bradley-Terry on {rankings} rankings of four, {epochs} epochs), other training
 prompts, other draws. Every algorithm draws {samples} answers of up to {longest} tokens, {rollout} a rollout, in groups of {group} where
 it compares (pairs in `p3o`; in `remax` half of them are the greedy ones), and makes two updates a rollout at the learning
-rate {lr:g}, the same for all. That and the sizes were looked at on seeds 10 and 11 with four algorithms, at 3e-4 and 1e-3; KL
+rate {lr:g}, the same for all. That and the sizes were looked at on seeds 10 and 11 with four algorithms,
+at 3e-4 and 1e-3 and with 16 to 20 rollouts; KL
 coefficients, clips and options are each row's own, the paper's where it gives them. So this is how algorithms behave at
 one rate with their own numbers, not what each can reach if tuned.
 
@@ -41,9 +43,10 @@ nothing at this scale. No difference between algorithms was declared beforehand 
 """
 
 WORDS = """
-`best_of_n` trains nothing: it draws {group} answers to each held-out prompt and gives the one that the reward model likes best; its KL is
-the bound `log n - (n - 1) / n`. `raft` and `rest` draw as many answers as the others and learn the selected ones by
-supervised steps, at the same rate. {missing}
+`best_of_n` trains nothing: it draws {group} answers to each held-out prompt and gives the one that the reward model likes best, so
+that one answer costs {group}; its KL is the bound `log n - (n - 1) / n`. `raft` and `rest` draw as many answers as the others and
+learn the selected ones by supervised steps, at the same rate. `ppo_dual_clip` differs from `ppo` only where a ratio passes its
+bound. A mean hides a seed that went astray: the range of the KL stands beside it. {missing}
 """
 
 
@@ -58,7 +61,8 @@ def table(runs: Runs, names: Sequence[str]) -> list[str]:
         }
         changes = ["", ""] if name == "start" else [change(runs, name, key) for key in ("reward", "gold")]
         cells = [f"`{name}`", f"{mean['reward']:+.2f}", changes[0], f"{mean['gold']:.3f}", changes[1]]
-        cells += [f"{mean['kl']:.2f}", f"{mean['length']:.1f}", f"{mean['ended']:.2f}"]
+        kl = [r["numbers"]["kl"] for r in found.values()]
+        cells += [f"{mean['kl']:.2f} ({min(kl):.1f} to {max(kl):.1f})", f"{mean['length']:.1f}", f"{mean['ended']:.2f}"]
         cells += [f"{np.mean([r['cpu'] for r in found.values()]):.1f}", str(len(found))]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -84,18 +88,19 @@ def kind(name: str) -> str:
 
 def draw(runs: Runs, names: Sequence[str], path: Path) -> None:
     """Reward and gold against KL, a point an algorithm, and the reward of every rollout."""
-    figure = Figure(figsize=(15, 5.2), dpi=100, layout="constrained")
+    figure = Figure(figsize=(17, 5.2), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     left, middle, right = figure.subplots(1, 3)
     for axes, key, title in (
         (left, "reward", "reward (deviations of the start's)"),
         (middle, "gold", "gold (not trained on)"),
     ):
-        points = {n: [float(np.mean([r["numbers"][k] for r in runs[n].values()])) for k in ("kl", key)] for n in names}
+        mean = {n: [float(np.mean([r["numbers"][k] for r in runs[n].values()])) for k in ("kl", key)] for n in names}
+        points = {n: (math.sqrt(max(kl, 0.0)), y) for n, (kl, y) in mean.items()}
         for name, (x, y) in points.items():
             axes.plot(x, y, "o", color="black" if name == "start" else COLOURS[kind(name)])
         label(axes, points)
-        axes.set_xlabel("KL from the start, nats an answer")
+        axes.set_xlabel("square root of the KL from the start (nats an answer)")
         axes.set_title(title)
     for name in names:
         curves = [[step["reward"] for step in r["curve"]] for r in runs[name].values() if r["curve"]]
@@ -120,19 +125,13 @@ def draw(runs: Runs, names: Sequence[str], path: Path) -> None:
 
 
 def label(axes: Axes, points: Mapping[str, Sequence[float]]) -> None:
-    """Names beside the points, moved apart up and down where they would overlap."""
+    """Names in a column beside the picture, in the order of the points' heights, each with a line to its point."""
     low, high = axes.get_ylim()
-    wide = axes.get_xlim()
-    axes.set_xlim(wide[0], wide[1] + 0.3 * (wide[1] - wide[0]))
-    step, taken = (high - low) / 32, list[tuple[float, float]]()
-    for name, (x, y) in sorted(points.items(), key=lambda item: item[1][1]):
-        at = y
-        while any(abs(at - b) < step and abs(x - a) < 0.3 * (wide[1] - wide[0]) for a, b in taken):
-            at += step / 4
-        taken.append((x, at))
+    for k, (name, point) in enumerate(sorted(points.items(), key=lambda item: item[1][1])):
+        at = low + (high - low) * (k + 0.5) / len(points)
         axes.annotate(
-            name, (x, y), (x + 0.02 * (wide[1] - wide[0]), at), fontsize=7.5, va="center",
-            arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "#8c959f", "shrinkA": 0, "shrinkB": 0},
+            name, (point[0], point[1]), (1.03, at), textcoords=("axes fraction", "data"), fontsize=8, va="center",
+            annotation_clip=False, arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "#8c959f", "shrinkA": 0, "shrinkB": 0},
         )  # fmt: skip
 
 

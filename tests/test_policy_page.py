@@ -21,7 +21,7 @@ def test_a_line_has_means_and_changes_from_the_start_with_intervals():
     }
     head, _, start, grpo, raft = policy_page.table(runs, list(runs))
     assert head.startswith("| algorithm | reward | change | gold | change | KL |")
-    assert start == "| `start` | +0.10 |  | 0.400 |  | 1.50 | 12.0 | 1.00 | 7.0 | 3 |"
+    assert start == "| `start` | +0.10 |  | 0.400 |  | 1.50 (1.5 to 1.5) | 12.0 | 1.00 | 7.0 | 3 |"
     cells = [cell.strip() for cell in grpo.split("|")]
     assert cells[2] == "+0.61" and cells[3].startswith("+0.510 [+0.4") and cells[5].startswith("+0.000 [-0.")
     assert [c.strip() for c in raft.split("|")][3] == "+0.500"  # too few seeds for an interval
