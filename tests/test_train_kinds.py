@@ -65,10 +65,12 @@ def folder(tmp_path_factory):
         yield folder
 
 
-def train(kind: str, *more: str, name: str = "", model: str = "small") -> Path:
+def train(
+    kind: str, *more: str, name: str = "", model: str = "small", data: str = "rankings.jsonl", epochs: int = 1
+) -> Path:
     run = name or kind
     options = (
-        f"--data rankings.jsonl --model {model} --prompts-per-step 6 --epochs 1 --dtype float32 --lr 1e-3 --name {run}"
+        f"--data {data} --model {model} --prompts-per-step 6 --epochs {epochs} --dtype float32 --lr 1e-3 --name {run}"
     )
     assert main(["train", "reward", "--kind", kind, *options.split(), *more]) == 0
     return Path("runs") / run / "reward"
@@ -170,9 +172,7 @@ def test_scores_are_the_same_after_saving_and_loading(trained, tmp_path, kind, r
     stage = TrainScorer(
         model=model, data="rankings.jsonl", kind=kind, lora_rank=rank, limit=2, lr=1e-2, dtype="float32"
     )
-    net, start, record = reward_kinds.trained(
-        stage, Context(dir=tmp_path, inputs={}, console=Console(file=StringIO()))
-    )
+    net, start, record = reward_kinds.trained(stage, Context(dir=tmp_path, inputs={}, console=Console(file=StringIO())))
     reward_kinds.write_scorer(net, start, tmp_path, record)
     assert (net.adapter is not None) == (rank > 0)
     before = Scorer(net, start.tokenizer, record).values(examples())
@@ -214,6 +214,21 @@ def test_contributions_add_up_to_the_score(trained):
     mean = load_reward(trained("attributes")).record["mean"]
     found = load_reward(trained("attributes")).values(examples()[:1])[0]
     assert [x - mean for x in by_hand] == pytest.approx(found, abs=1e-5)
+
+
+def test_ratings_that_are_missing_are_left_out_of_the_error(trained):
+    """Answers rated by one attribute or the other train one model: heads of both move, by the ratings that there are."""
+    rows = [json.loads(line) for line in Path("rankings.jsonl").read_text().splitlines()]
+    for row in rows:
+        for k, response in enumerate(row["responses"]):
+            name = ("helpfulness", "length")[k % 2]
+            response["attributes"] = {name: {"helpfulness": 3.0, "length": -2.0}[name]}
+    Path("some.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    place = train("attributes", "--lora-rank", "0", name="some", data="some.jsonl", epochs=20)
+    scorer = load_reward(place)
+    assert scorer.record["outputs"] == ["helpfulness", "length"]
+    ratings = torch.cat(scorer.read(scorer.rows(examples()), "scores")).mean(0).tolist()
+    assert ratings[0] > 1 and ratings[1] < -0.5
 
 
 def test_a_pairwise_model_is_antisymmetric(trained):

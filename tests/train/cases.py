@@ -95,6 +95,7 @@ def make(name: str, seed: int = 0):
         "better": lambda: 0.5 + 0.1 * torch.tensor(RANKS),
         "unsafe": lambda: torch.tensor(RANKS) % 2,
         "attributes": lambda: torch.randn(len(RANKS), 3, generator=g, dtype=torch.float64),
+        "rated": lambda: torch.ones(len(RANKS), 3, dtype=torch.float64),
         "wanted": lambda: torch.tensor([0.2, 0.3, 0.5, 0.0, 1.0, 0.4, 0.6, 0.1, 0.2, 0.3, 0.4]),
         "explored": lambda: torch.tensor(RANKS) % 2,
         "label": lambda: torch.tensor(RANKS) % 2,

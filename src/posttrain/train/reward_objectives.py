@@ -129,17 +129,21 @@ class ListedReward(_OfScores):
         )
 
 
-@objectives.register("reward_attributes", columns=("attributes", "weight"))
+@objectives.register("reward_attributes", columns=("attributes", "rated", "weight"))
 @dataclass(frozen=True)
 class AttributeReward(_OfScores):
-    """Mean squared error of k attributes at each response's last token; batches carry ``attributes`` ``[B, k]``, NaN unknown."""
+    """Mean squared error of k attributes at each response's last token.
+
+    Batches carry ``attributes`` ``[B, k]`` and ``rated`` ``[B, k]``, 1 where an attribute was rated and else 0.
+    """
 
     reads = {"reward": frozenset({"scores"})}  # noqa: RUF012
 
     def __call__(self, stats: Stats, batch: Batch) -> dict[str, Term]:
         """The error, averaged over the prompt's responses."""
         scores = stats["reward"]["scores"]
-        error = attribute_error(scores, batch.branches["attributes"].to(scores.dtype))
+        given = batch.branches["attributes"].to(scores.dtype)
+        error = attribute_error(scores, torch.where(batch.branches["rated"] > 0, given, torch.nan))
         return {"loss/attributes": Term((error * response_share(batch, scores.dtype)).sum(), "prompts")}
 
 

@@ -225,7 +225,9 @@ def _attributes(stage: TrainScorer, start: Start, examples: list[Example]) -> Pr
         raise ConfigError(f"got {len(weights)} weights for the attributes {', '.join(names)}; expected one each")
     rows, report = response_rows(start.tokenizer, examples, max_length=stage.max_length, overlong=stage.overlong)
     kept = [examples[i] for i in report.index]
-    columns = {"attributes": attribute_ratings(kept, names)}
+    ratings = attribute_ratings(kept, names)  # NaN where there is none, which no batch may hold
+    each = lambda say: [[[say(x) for x in response] for response in row] for row in ratings]  # noqa: E731
+    columns = {"attributes": each(lambda x: 0.0 if x != x else x), "rated": each(lambda x: float(x == x))}
     record = {"outputs": list(names), "weights": weights}
     return Prepared(rows=rows, report=report, examples=kept, columns=columns, record=record)
 
