@@ -35,7 +35,9 @@ def test_links_of_the_pages_of_losses_lead_somewhere():
         for target, place in re.findall(r"\]\(([^)#\s:]+)#?([^)]*)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
             if place and target.endswith(".md") and page.parent.name == "losses":
-                assert f"\n## `{place}`\n" in (page.parent / target).read_text(), f"{page.name} links to {target}#{place}"
+                assert f"\n## `{place}`\n" in (page.parent / target).read_text(), (
+                    f"{page.name} links to {target}#{place}"
+                )
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,8 @@ def shown(found: Interval, *, above: bool, bound: float) -> str:
 REASONS = {
     "`dpo`: fewer answers end": "every answer of every arm ended, the start's too: answers of this world are short, and 36 steps "
     "don't unlearn their stop token; the harm is reported of long answers",
-    "`dpo`: the chosen log-probability falls": "of pairs that differ in a word it falls at every seed, by 1.4 to 3.5 nats, too unevenly for three seeds",
+    "`dpo`: the chosen log-probability falls": "of pairs that differ in a word it falls at every seed, by 1.4 to 3.5 nats, "
+    "too unevenly for three seeds",
     "`dpop` keeps more of it than `dpo`": "it does at every seed, and stays within 0.12 nats of the start; by how much more is as "
     "uneven as `dpo` is",
     "`tdpo2` has less sequential KL there than `dpo`": "it has at every seed, 10 to 15 % less; the interval just holds 0",

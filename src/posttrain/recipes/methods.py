@@ -38,5 +38,7 @@ def dpo() -> Recipe:
 
 def ppo(reward: str) -> Recipe:
     """PPO on prompts against a reward model, the directory of a finished reward stage."""
-    stage = replace(instructgpt().stages["reinforce"], model="smollm2", reward=reward, ptx=0.0)  # prompts have no answers
+    stage = replace(
+        instructgpt().stages["reinforce"], model="smollm2", reward=reward, ptx=0.0
+    )  # prompts have no answers
     return Recipe("train-ppo", {"ppo": stage}, "reinforcement learning against a reward model")
