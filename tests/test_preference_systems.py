@@ -76,3 +76,12 @@ def test_the_papers_numbers_stand_in_the_recipes():
     hermes, zephyr = RECIPES["hermes3"]().stages["dpo"], RECIPES["zephyr_orpo"]().stages["orpo"]
     assert (hermes.lora_rank, hermes.lora_alpha, hermes.noise, hermes.schedule) == (32, 16, 5.0, "linear")
     assert (zephyr.loss, zephyr.options, zephyr.epochs) == ("orpo", {"lam": 0.05}, 3)
+
+
+def test_the_page_of_self_made_pairs_holds_what_was_measured():
+    from benchmarks.systems.__main__ import PAGE, SEEDS, kept, page, verdict
+
+    lines = kept()
+    assert page(lines) == PAGE.read_text(), "run: python -m benchmarks.systems"
+    assert {x["seed"] for x in lines} <= set(SEEDS) and len({(x["recipe"], x["seed"]) for x in lines}) == len(lines)
+    assert verdict(True, [{}]) == "1 of 3 seeds so far" and verdict(False, [{}] * 3) == "not shown at this scale"
