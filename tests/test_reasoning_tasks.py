@@ -10,7 +10,7 @@ from posttrain.cli import main
 from posttrain.data import read, reasoning
 from posttrain.data.reasoning import KEY, parse_task, score, write_task
 from posttrain.errors import ConfigError, DataError
-from posttrain.rewards.reasoning import check, said
+from posttrain.rewards.reasoning import check, is_number, said
 from posttrain.work.inputs import data_files
 
 SUMS = "chain_sum,size=24,max_terms=2,max_digits=2"
@@ -50,14 +50,21 @@ def test_the_tasks_own_checker_scores_the_answer_that_is_marked():
     asked, meta = example.prompt[-1].content, dict(example.meta)
     first, sign, second = asked.partition("problem: ")[2].strip(" =").split()
     right = str(int(first) + int(second) * (1 if sign == "+" else -1))
-    for text in (right, f"<think>hm</think><answer> {right} </answer>", f"The answer is {right}.", f"so\n#### {right}"):
+    for text in (
+        right,
+        f"<think>hm</think><answer> {right} </answer>",
+        f"The answer is {right}.",
+        f"so\n#### {right}",
+        f"it is, I think, {right}.",
+    ):
         assert check(asked, text, meta) == 1.0, text
     assert check(asked, "<answer>12345</answer>", meta) == 0.0
     assert check(asked, right, {}) is None
     with pytest.raises(DataError, match="makes another entry 0 of 'chain_sum' than was asked"):
         check("What is 1 + 1?", right, meta)
     assert said("a <answer>1</answer> b <answer>2</answer>") == "2" and said("none") == "none"
-    assert said("so\n3 + 4 = 7.") == "7" and said("x = 1\nthe rest") == "x = 1\nthe rest" and said("3 = ") == "3 ="
+    assert said("so 3 + 4 = 7.", number=True) == "7" and said("so 3 + 4 = 7.") == "so 3 + 4 = 7."
+    assert is_number("-12") and is_number("3.5") and not is_number("12 apples") and not is_number("abc")
 
 
 def test_a_checker_that_evaluates_gets_nothing_that_could_act(tmp_path):

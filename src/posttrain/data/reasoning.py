@@ -134,6 +134,12 @@ def score(prompt: str, answer: str, which: dict[str, Any]) -> float:
         return 0.0
 
 
+def expected(which: dict[str, Any]) -> str:
+    """The task's own answer to an entry; '' where it has none of its own."""
+    entry = _entries(Task(which["task"], json.dumps(which["fields"], sort_keys=True)))[which["index"]]
+    return str(entry["answer"] or "")
+
+
 def task_key(task: Task) -> str:
     """What decides the rows beside this file: task, fields, version of the package."""
     from importlib.metadata import version
