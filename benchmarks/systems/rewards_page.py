@@ -14,6 +14,7 @@ from posttrain.evals.statistics import Interval, paired_test
 
 ROOT = Path(__file__).parents[2]
 START, END = "<!-- results: made by python -m benchmarks.systems.rewards_page -->\n", "<!-- end of results -->"
+SEEDS = 3
 NEW = "It has not been run over its seeds yet: no effect is claimed here.\n"
 
 
@@ -145,10 +146,11 @@ def main() -> None:
         rows = sorted((r for r in kept.read(NAME) if r["what"] == name), key=lambda r: r["seed"])
         page = ROOT / "docs" / "systems" / f"{name}.md"
         before, rest = page.read_text().split(START)
-        page_rows = [*make(rows), "", closing(rows)] if rows else [NEW]
+        left = [f"{len(rows)} of the {SEEDS} declared seeds have been run.", ""] if len(rows) < SEEDS else []
+        page_rows = [*left, *make(rows), "", closing(rows)] if rows else [NEW]
         if name == "gemma2":
             page_rows += [large(r) for r in kept.read(NAME) if r["what"] == "gemma2_large"]
-        body = "\n".join(page_rows)
+        body = "\n".join(line.rstrip(" ") for line in page_rows)
         page.write_text(before + START + body + END + rest.split(END)[1])
     if rows := [r for r in kept.read(NAME) if r["what"] == "starling"]:
         draw(rows, ROOT / "docs" / "images" / "starling-kl.png")
