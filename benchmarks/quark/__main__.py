@@ -25,8 +25,8 @@ from posttrain.stages import EvaluateQuark, Quark, Recipe
 NAME = "quark"
 GOLD = "posttrain.data.smallworld_gold:gold_total"
 NUMBERS: dict[str, Any] = {
-    "bins": 5, "beta": 0.05, "eta": 0.06, "lr": 3e-3, "warmup_steps": 8, "steps": 96, "explore_every": 24, "rows_per_step": 24,
-    "samples_per_prompt": 2, "max_new_tokens": 24, "save_every": 96, "dtype": "float32",
+    "bins": 5, "beta": 0.05, "eta": 0.06, "lr": 1e-3, "warmup_steps": 8, "steps": 384, "explore_every": 48, "rows_per_step": 24,
+    "samples_per_prompt": 2, "max_new_tokens": 24, "save_every": 384, "dtype": "float32",
 }  # fmt: skip
 PROMPTS, SAMPLES = 64, 2
 KEYS = ("reward/mean", "pool/size", "pool/best", "pool/worst")
