@@ -18,6 +18,7 @@ from posttrain.machine import fast_bf16
 from posttrain.models.load import find_model, load_generation_config, load_tokenizer, model_files
 from posttrain.registry import load_object
 from posttrain.rewards.named import REWARDS
+from posttrain.rewards.panel import panel_files
 from posttrain.stages import Context, Stage, stage_model
 from posttrain.types import Example
 from posttrain.work.generated import DATA
@@ -254,4 +255,4 @@ def reward_files(reward: str, *, functions: bool) -> list[Path]:
         raise ConfigError(
             f"no reward model in '{reward}' (no reward.json); give the directory of a reward stage{other}"
         )
-    return [*model_files(reward), Path(reward) / "reward.json"]
+    return panel_files(reward)

@@ -87,6 +87,6 @@ def reads_alike(judge: Path, tokenizer: Any) -> bool:
 
 
 def scored_by(scorer: Model, judge: Path, *, max_tokens: int) -> Reward:
-    """The reward of a model that is loaded from a directory, less the mean that it gave demonstrations."""
-    mean = json.loads((judge / "reward.json").read_text())["mean"]
-    return reward_model(scorer, mean=mean, max_tokens=max_tokens)
+    """The reward of a model that is loaded from a directory, less the mean that it gave demonstrations, over its temperature."""
+    record = {"temperature": 1.0} | json.loads((judge / "reward.json").read_text())
+    return reward_model(scorer, mean=record["mean"], temperature=record["temperature"], max_tokens=max_tokens)
