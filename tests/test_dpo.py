@@ -99,7 +99,7 @@ def test_a_row_of_weight_0_is_said_and_left_out(folder, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("train dop", "unknown method 'dop'; did you mean 'dpo'?"),
+        ("train dop", "unknown method 'dop'; did you mean 'dpop'?"),
         ("train", "`posttrain train` needs a method: posttrain train METHOD; known: apa, "),
         ("train dpo --bta 0.1 --model small", "stage 'dpo' has no field 'bta'; did you mean 'beta'?"),
         ("train dpo --beta much --model small", "--dpo.beta: got 'much', expected float or none"),

@@ -123,7 +123,7 @@ def test_an_adapter_is_asked_for_in_a_word(folder):
     options = "--tiny --lora --limit 8 --epochs 1 --dtype float32 --name adapter"
     assert main(["train", "ipo", *options.split()]) == 0
     config = json.loads((folder / "runs/adapter/ipo/stage.json").read_text())["config"]
-    assert config["lora_rank"] == 16 and config["model"] == "small"
+    assert config["lora_rank"] == 16
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_an_adapter_is_asked_for_in_a_word(folder):
         ("simpo --options gamma,1 --loss.gamma 1", "--options and --loss.OPTION set the same"),
         ("simpo --loss.gamma", "--loss.gamma needs a value: float"),
         ("simpo --options beta,1 --beta 2 --model small", "got beta=2 and beta=1 among the loss's options"),
-        ("ipo --loss.beta 0.1 --model small", "has no option 'beta'; known: tau"),
+        ("ipo --loss.beta 0.1 --model small", "has no option 'beta'; did you mean 'tau'?"),
         ("simpo --loss.gama 1 --data pairs.jsonl --model small", "has no option 'gama'; did you mean 'gamma'?"),
         ("kto --data prompts.jsonl --model small", "has no labelled"),
         (

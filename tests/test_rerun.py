@@ -46,7 +46,7 @@ def test_every_recipe_is_rebuilt_from_its_record(name: str):
     recipe = RECIPES[name](**needed)
     again = rebuild(recorded(recipe))
     assert (again.name, again.summary) == (recipe.name, recipe.summary)
-    assert ordered(again) == ordered(recipe)  # dataclasses: fields, tuples and inputs of inputs
+    assert recorded(again) == recorded(recipe)  # stage by stage: graphs of rounds are too many paths to compare whole
     inside = set(map(id, again.stages.values()))
     assert all(id(other) in inside for stage in again.stages.values() for other in stage_inputs(stage).values())
 

@@ -238,7 +238,7 @@ def test_options_that_mean_nothing_are_refused(name, option, value, expected):
     ("name", "candidates"),
     [
         ("rpo", ["iterative_rpo", "reward_aware_po", "reward_aware_po_k"]),
-        ("spo", ["sppo", "sppo_hard", "self_play_reward"]),
+        ("spo", ["sppo", "sppo_hard", "self-play scores"]),
         ("dro", ["dro_v", "robust_dpo"]),
     ],
 )

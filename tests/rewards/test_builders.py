@@ -199,7 +199,7 @@ def test_chunks_deal_all_of_the_data():
 
 def test_every_builder_says_what_it_makes():
     for name in builders:
-        assert builders.facts(name)["makes"] in ("rankings", "demonstrations", "labelled")
+        assert builders.facts(name)["makes"] in ("rankings", "demonstrations", "labelled", "prompts")
         assert builders[name].__doc__
     with pytest.raises(ConfigError, match="builder 'rso' has no option 'sample'; did you mean 'samples'"):
         build("rso", [], options={"sample": 3})

@@ -73,8 +73,9 @@ class Stage:
 
     def held(self, tiny: bool, typed: Collection[str]) -> list[str]:
         """Return the fields that are not as ``TINY`` says because a person typed their values."""
-        small = self.sized(tiny)
-        return sorted(k for k in typed if k in self.TINY and getattr(self, k) != getattr(small, k))
+        small = self.TINY if tiny else {}
+        kept = {k: getattr(self, k) for k in typed if k in small}
+        return sorted(k for k, value in kept.items() if value != small[k] and not isinstance(value, Stage))
 
     def plan(self) -> Plan:
         """Forecast the work without loading anything."""
