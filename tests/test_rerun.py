@@ -84,7 +84,9 @@ def test_a_record_that_does_not_give_the_run_back_is_refused(alter: Callable[[di
 # ---------------------------------------------------------------------------- running it
 
 
-def test_a_rerun_is_equal_and_says_so(capsys: pytest.CaptureFixture[str]):
+def test_a_rerun_is_equal_and_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    for key, value in {"GOMP_SPINCOUNT": "2000", "OMP_WAIT_POLICY": "PASSIVE"}.items():  # as the command sets them
+        monkeypatch.setenv(key, value)
     recipe = override(measured(effect=0.5), {"tune": {"beta": 0.3, "betas": (0.1, 0.2)}})
     go("a", recipe, seed=4, tiny=True, until="tune")
     calls(RUNS)
