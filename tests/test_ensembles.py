@@ -27,9 +27,10 @@ from posttrain.rewards.panel import load_panel
 from posttrain.rewards.trained import load_reward, said
 from posttrain.stages import Context, TrainEnsemble
 from posttrain.types import Example, Message
-from posttrain.work.inputs import reward_files
+from posttrain.work.inputs import Start, reward_files
 from posttrain.work.reward_ensemble import run as run_ensemble
 from posttrain.work.rewarding import reward_of
+from posttrain.work.safe import judge_of
 from tiny import plain_net
 
 TRAIN = (
@@ -194,6 +195,10 @@ def test_a_temperature_is_kept_and_every_score_is_divided_by_it(folder, capsys, 
     assert sampled == pytest.approx(before[0] / kept, abs=1e-4)
     if place != SHARED:
         assert load_reward(place).values([first])[0] == pytest.approx(before[0] / kept, abs=1e-4)
+        start, ctx = Start("", "", load_tokenizer(str(small_path()))), Context(dir=folder, inputs={}, console=Console())
+        judge = judge_of(str(place), "reward", ctx, start, torch.float32, 512)
+        sampled = [s.value for s in judge.score(policy_samples([r.text for r in first.responses]))]
+        assert sampled == pytest.approx(before[0] / kept, abs=1e-4)
     again = measured(place, data, f"second-{place.name}")
     assert again["before"]["ece"] == pytest.approx(found["after"]["ece"], abs=1e-4)
     assert again["temperature"] == pytest.approx(1, abs=1e-3)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from posttrain.errors import ConfigError
 from posttrain.stages.base import PARAMETERS, TOKENS_A_ROW, Plan, Stage
-from posttrain.stages.training import Training
+from posttrain.stages.training import Training, refuse_uneven
 from posttrain.train.algorithms import Algorithm, check_penalty, find_algorithm
 
 
@@ -97,11 +97,7 @@ class Reinforce(Training):
     def __post_init__(self) -> None:
         """Refuse values that would fail late."""
         super().__post_init__()
-        if self.prompts_per_step % self.updates_per_rollout or self.steps % self.updates_per_rollout:
-            raise ConfigError(
-                f"got updates_per_rollout={self.updates_per_rollout} with prompts_per_step={self.prompts_per_step} and "
-                f"steps={self.steps}; expected it to divide both"
-            )
+        refuse_uneven(self.prompts_per_step, self.steps, self.updates_per_rollout)
         row, samples = self.row(), self.samples_per_prompt
         if ("groups" in row.needs and samples < 2) or ("pairs" in row.needs and samples != 2):
             wanted = "2" if "pairs" in row.needs else "at least 2"

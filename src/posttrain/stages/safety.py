@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from posttrain.errors import ConfigError
 from posttrain.stages.base import PARAMETERS, Plan, Stage
 from posttrain.stages.making import Generate
-from posttrain.stages.training import Training
+from posttrain.stages.training import Training, refuse_uneven
 
 
 def cost_files(cost: Stage | str) -> list[Path]:
@@ -67,11 +67,7 @@ class ReinforceSafely(Training):
     def __post_init__(self) -> None:
         """Refuse values that would fail late."""
         super().__post_init__()
-        if self.prompts_per_step % self.updates_per_rollout or self.steps % self.updates_per_rollout:
-            raise ConfigError(
-                f"got updates_per_rollout={self.updates_per_rollout} with prompts_per_step={self.prompts_per_step} and "
-                f"steps={self.steps}; expected it to divide both"
-            )
+        refuse_uneven(self.prompts_per_step, self.steps, self.updates_per_rollout)
         if self.token_clip <= 0 or self.kl < 0:
             raise ConfigError(f"got token_clip={self.token_clip:g}, kl={self.kl:g}; expected above 0, and at least 0")
 

@@ -88,6 +88,19 @@ class Training(Stage):
         return 0.9e9 + (KEPT_CHECKPOINTED if self.checkpointing else KEPT) * self.max_tokens
 
 
+def refuse_uneven(prompts_per_step: int, steps: int, updates_per_rollout: int) -> None:
+    """Refuse rollouts that can't be cut into updates of whole prompts, or steps that end within a rollout.
+
+    Raises:
+        ConfigError: the updates don't divide both.
+    """
+    if prompts_per_step % updates_per_rollout or steps % updates_per_rollout:
+        raise ConfigError(
+            f"got updates_per_rollout={updates_per_rollout} with prompts_per_step={prompts_per_step} and "
+            f"steps={steps}; expected it to divide both"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pretrain(Training):
     """Train the small model from nothing on the small world's documents and dialogues, its tokenizer first.

@@ -147,6 +147,21 @@ def rollout_metrics(
     return found
 
 
+def sample_means(groups: Sequence[Group]) -> dict[str, float]:
+    """Means over a rollout whose training makes no batch of all its tokens: scores, nats and tokens of its responses."""
+    rollouts, scores = [r for g in groups for r in g.rollouts], [s for g in groups for s in g.scores]
+    known = torch.tensor([s for s in scores if s is not None], dtype=torch.float64)
+    logp = [x for r in rollouts for x in r.logp]
+    return {
+        "reward/mean": float(known.mean()),
+        "reward/std": float(known.std(correction=0)),
+        "policy/entropy": -sum(logp) / len(logp),
+        "length/mean": len(logp) / len(rollouts),
+        "truncated/share": sum(r.truncated for r in rollouts) / len(rollouts),
+        "abstained/share": sum(s is None for s in scores) / len(scores),
+    }
+
+
 def records(
     completions: Sequence[Completion], groups: Sequence[Group], more: Sequence[Mapping[str, Any]] = ()
 ) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ the objective's loss reads. So any loss of preferences trains online through its
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from posttrain.forest import Batch, Branch, Row
 from posttrain.losses import explored_losses, listwise_losses, unpaired_losses, valued_losses
 from posttrain.losses.games import win_rates
 from posttrain.rewards.base import Completion
-from posttrain.train.estimates import records
+from posttrain.train.estimates import records, sample_means
 from posttrain.train.rollout_plan import Group
 from posttrain.train.rollouts import RolloutSource
 from posttrain.train.sources import DataSource, response_source, with_mismatched
@@ -150,18 +150,7 @@ class OnlineSource(RolloutSource):
     def _measured(self, groups: Sequence[Group]) -> dict[str, float]:
         """Means over the policy's own samples."""
         own = slice(0, 1) if opponent(self.objective) else slice(None)
-        rollouts = [r for g in groups for r in g.rollouts[own]]
-        scores = [s for g in groups for s in g.scores[own]]
-        known = torch.tensor([s for s in scores if s is not None], dtype=torch.float64)
-        tokens = [x for r in rollouts for x in r.logp]
-        return {
-            "reward/mean": float(known.mean()),
-            "reward/std": float(known.std(correction=0)),
-            "policy/entropy": -sum(tokens) / len(tokens),
-            "length/mean": len(tokens) / len(rollouts),
-            "truncated/share": sum(r.truncated for r in rollouts) / len(rollouts),
-            "abstained/share": sum(s is None for s in scores) / len(scores),
-        }
+        return sample_means([replace(g, rollouts=g.rollouts[own], scores=g.scores[own]) for g in groups])
 
     def _records(
         self, completions: Sequence[Completion], groups: Sequence[Group], batch: Batch

@@ -17,7 +17,7 @@ from posttrain.losses.quark import quark, reward_bins
 from posttrain.ops.masked import masked_sum
 from posttrain.rewards.base import Completion
 from posttrain.rollout.engine import Request, Rollout
-from posttrain.train.estimates import records
+from posttrain.train.estimates import records, sample_means
 from posttrain.train.rollout_plan import Group
 from posttrain.train.rollouts import RolloutSource
 from posttrain.train.sources import shuffled
@@ -143,7 +143,7 @@ class QuarkSource(RolloutSource):
         scores = torch.tensor([p.score for p in every], dtype=torch.float64)
         bins = reward_bins(scores, bins=len(self.tokens))
         self._sorted, self._explored = (every, bins.tolist()), step
-        self._metrics |= measured(groups) | {
+        self._metrics |= sample_means(groups) | {
             "pool/size": float(len(every)),
             "pool/best": float(scores[bins == 0].mean()),
             "pool/worst": float(scores[bins == len(self.tokens) - 1].mean()),
@@ -186,18 +186,3 @@ def pooled(groups: Sequence[Group]) -> list[Pooled]:
         for r, s in zip(g.rollouts, g.scores, strict=True)
         if s is not None
     ]
-
-
-def measured(groups: Sequence[Group]) -> dict[str, float]:
-    """Means over a rollout."""
-    rollouts, scores = [r for g in groups for r in g.rollouts], [s for g in groups for s in g.scores]
-    known = torch.tensor([s for s in scores if s is not None], dtype=torch.float64)
-    logp = [x for r in rollouts for x in r.logp]
-    return {
-        "reward/mean": float(known.mean()),
-        "reward/std": float(known.std(correction=0)),
-        "policy/entropy": -sum(logp) / len(logp),
-        "length/mean": len(logp) / len(rollouts),
-        "truncated/share": sum(r.truncated for r in rollouts) / len(rollouts),
-        "abstained/share": sum(s is None for s in scores) / len(scores),
-    }

@@ -135,10 +135,7 @@ def critic(stage: Reinforce, scorer: Model | None, start: str, ctx: Context, dty
     """
     judge = judge_dir(stage.reward, ctx)
     if scorer is None or judge is None:
-        base = new_reward(start, dtype=dtype, seed=ctx.seed)
-        base.net.requires_grad_(False)
-        if base.scalar is not None:
-            torch.nn.init.zeros_(base.scalar.weight)
+        base = blank_critic(start, dtype, ctx.seed)
     else:
         base = scorer if stage.lora_rank else network_of(judge, None, dtype)
         assert base is not None
@@ -146,6 +143,15 @@ def critic(stage: Reinforce, scorer: Model | None, start: str, ctx: Context, dty
         return value_role(base, lora=None, seed=ctx.seed, head_only=True)
     lora = Lora(rank=stage.value_rank, alpha=2 * stage.value_rank) if stage.lora_rank else None
     return value_role(base, lora=lora, seed=ctx.seed + 1)
+
+
+def blank_critic(start: str, dtype: torch.dtype, seed: int) -> Model:
+    """What a critic stands on where no reward model's network can be: the policy's start, with a head of zeros."""
+    base = new_reward(start, dtype=dtype, seed=seed)
+    base.net.requires_grad_(False)
+    assert base.scalar is not None
+    torch.nn.init.zeros_(base.scalar.weight)
+    return base
 
 
 def plan(stage: Reinforce, seed: int) -> Plan:

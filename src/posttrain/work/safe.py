@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,12 +10,11 @@ import torch
 from posttrain.data.collate import prompt_ids
 from posttrain.errors import ModelError
 from posttrain.losses.policy import policy_losses
-from posttrain.models.load import load_policy, load_reward, load_tokenizer, new_reward, save_merged, value_role
+from posttrain.models.load import load_policy, load_reward, save_merged, value_role
 from posttrain.models.lora import Lora
 from posttrain.models.policy import Model
 from posttrain.rewards.base import Reward
 from posttrain.rewards.combine import with_part
-from posttrain.rewards.model import reward_model
 from posttrain.rollout.engine import Sampling
 from posttrain.rollout.local import LocalEngine
 from posttrain.stages import Context, Stage
@@ -28,8 +26,8 @@ from posttrain.train.optim import Optim
 from posttrain.train.rollouts import Plan
 from posttrain.train.safe import COST, ConstrainedPolicyGradient, ConstrainedRollouts, Constraint
 from posttrain.work.inputs import Start, choose_dtype, load_examples, refuse_weights, stage_dir, start_from
-from posttrain.work.reinforce import SamplesFile
-from posttrain.work.rewarding import reward_of
+from posttrain.work.reinforce import SamplesFile, blank_critic
+from posttrain.work.rewarding import reads_alike, record_of, reward_of, scored_by
 from posttrain.work.supervised import adapters, training_run
 
 
@@ -108,14 +106,14 @@ def judge_of(value: Stage | str, field: str, ctx: Context, start: Start, dtype: 
     if isinstance(value, str) and not Path(value).is_dir():
         return Judge(reward_of(value, ctx, dtype=dtype, max_tokens=max_tokens))
     place = stage_dir(value, ctx, field)
-    record = {"kind": "bradley_terry", "sign": 1, "mean": 0.0} | json.loads((place / "reward.json").read_text())
+    record = {"kind": "bradley_terry"} | record_of(place)
     if (field == "cost") != (record["sign"] < 0):
         wanted = "of kind 'cost'" if field == "cost" else "whose better answers score higher"
         raise ModelError(f"{field}: '{place}' is a reward model of kind '{record['kind']}'; expected one {wanted}")
-    if load_tokenizer(str(place)).get_vocab() != start.tokenizer.get_vocab():
+    if not reads_alike(place, start.tokenizer):
         raise ModelError(f"{field}: '{place}' reads other tokens than the policy; train it from the policy's own start")
     network = load_reward(str(place), dtype=dtype)
-    return Judge(reward_model(network, mean=record["mean"], max_tokens=max_tokens), place, network)
+    return Judge(scored_by(network, place, max_tokens=max_tokens), place, network)
 
 
 def critic(stage: ReinforceSafely, judge: Judge, start: str, seed: int, dtype: torch.dtype) -> Model:
@@ -124,10 +122,7 @@ def critic(stage: ReinforceSafely, judge: Judge, start: str, seed: int, dtype: t
     Where the judge is a function, it begins as the policy's start with a head of zeros.
     """
     if judge.network is None:
-        base = new_reward(start, dtype=dtype, seed=seed)
-        base.net.requires_grad_(False)
-        assert base.scalar is not None
-        torch.nn.init.zeros_(base.scalar.weight)
+        base = blank_critic(start, dtype, seed)
     else:
         base = judge.network if stage.lora_rank else load_reward(str(judge.place), dtype=dtype)
     if stage.lora_rank and not stage.value_rank:
