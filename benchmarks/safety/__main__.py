@@ -34,9 +34,9 @@ NAME = "safety"
 USEFUL, COST = (f"posttrain.data.smallworld_safety:{name}" for name in ("usefulness", "cost"))
 LIMIT = -0.7
 POLICY: dict[str, Any] = {
-    "cost_limit": LIMIT, "multiplier": 1.0, "multiplier_rate": 0.1, "multiplier_most": 5.0, "window": 256, "steps": 32,
+    "cost_limit": LIMIT, "multiplier": 0.3, "multiplier_rate": 0.5, "multiplier_most": 5.0, "window": 128, "steps": 64,
     "prompts_per_step": 16, "samples_per_prompt": 4, "lora_rank": 8, "lr": 1.5e-3, "value_lr": 3e-3, "kl": 0.02, "lam": 1.0,
-    "warmup_steps": 2, "max_new_tokens": 24, "cut_score": 0.0, "save_every": 32, "dtype": "float32", "schedule": "constant",
+    "warmup_steps": 2, "max_new_tokens": 24, "cut_score": 0.0, "save_every": 64, "dtype": "float32", "schedule": "constant",
 }  # fmt: skip
 PROMPTS, SAMPLES = 128, 2
 
