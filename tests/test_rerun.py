@@ -54,6 +54,12 @@ def by_name(recipe: Recipe) -> dict[str, Any]:
     return {n: (type(s), {f.name: named(getattr(s, f.name)) for f in dataclasses.fields(s)}) for n, s in stages}
 
 
+def test_a_stage_shows_its_values_and_names_its_inputs_by_class():
+    stages = RECIPES["llama3"]().stages  # six rounds: written out whole, paths double with each
+    assert repr(stages["annotator"]).startswith("TrainReward(model=<SFT>, data='smallworld', ")
+    assert len(repr(RECIPES["llama3"]())) < 600 * len(stages)
+
+
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_every_recipe_is_rebuilt_from_its_record(name: str):
     needed = {key: "x" for key, p in inspect.signature(RECIPES[name]).parameters.items() if p.default is p.empty}

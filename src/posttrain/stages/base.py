@@ -57,6 +57,15 @@ class Stage:
     DATA: ClassVar[tuple[str, ...]] = ()
     KNOBS: ClassVar[frozenset[str]] = frozenset({"max_tokens", "checkpointing", "save_every", "keep"})
 
+    def __init_subclass__(cls) -> None:
+        """Keep the short ``repr``: a dataclass would write its inputs out whole, by paths that double with every round."""
+        super().__init_subclass__()
+        cls.__repr__ = Stage.__repr__
+
+    def __repr__(self) -> str:
+        """Return the class with its values; an input is named by its class."""
+        return f"{type(self).__name__}({', '.join(f'{f.name}={_short(getattr(self, f.name))}' for f in fields(self))})"
+
     def run(self, ctx: Context) -> None:
         """Do the work, writing into ``ctx.dir``; on a second call, continue from the last checkpoint.
 
@@ -90,6 +99,13 @@ class Stage:
     def check(self) -> None:
         """Raise `ConfigError` if the model or data can't be found; called before any stage runs."""
         self.files()
+
+
+def _short(value: Any) -> str:
+    """Return the ``repr`` of a stage's field."""
+    if isinstance(value, Stage):
+        return f"<{type(value).__name__}>"
+    return f"({', '.join(map(_short, value))})" if type(value) in (tuple, list) else repr(value)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -106,7 +107,7 @@ def judge_of(value: Stage | str, field: str, ctx: Context, start: Start, dtype: 
     if isinstance(value, str) and not Path(value).is_dir():
         return Judge(reward_of(value, ctx, dtype=dtype, max_tokens=max_tokens))
     place = stage_dir(value, ctx, field)
-    record = {"kind": "bradley_terry"} | record_of(place)
+    record: dict[str, Any] = {"kind": "bradley_terry"} | record_of(place)
     if (field == "cost") != (record["sign"] < 0):
         wanted = "of kind 'cost'" if field == "cost" else "whose better answers score higher"
         raise ModelError(f"{field}: '{place}' is a reward model of kind '{record['kind']}'; expected one {wanted}")
