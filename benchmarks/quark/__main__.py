@@ -1,7 +1,7 @@
 """Train Quark on the small world over seeds and write what was declared: ``python -m benchmarks.quark``.
 
 Every seed appends a line to ``benchmarks/results/quark.jsonl``; lines that are there are not made again. The page is
-``docs/results/quark.md``. Its declared reward is the gold total, so that nothing stands between score and token.
+``docs/results/quark.md``. Its declared reward counts words, so that nothing stands between score and token.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from posttrain.runner import run_recipe
 from posttrain.stages import EvaluateQuark, Quark, Recipe
 
 NAME = "quark"
-GOLD = "posttrain.data.smallworld_gold:gold_total"
+SHORT = "benchmarks.quark.reward:brevity"
 NUMBERS: dict[str, Any] = {
-    "bins": 5, "beta": 0.05, "eta": 0.06, "lr": 1e-3, "warmup_steps": 8, "steps": 384, "explore_every": 48, "rows_per_step": 24,
-    "samples_per_prompt": 2, "max_new_tokens": 24, "save_every": 384, "dtype": "float32",
+    "bins": 5, "beta": 0.05, "eta": 0.0, "lr": 2e-3, "warmup_steps": 8, "steps": 384, "explore_every": 48, "rows_per_step": 24,
+    "samples_per_prompt": 2, "max_new_tokens": 24, "save_every": 384, "cut_score": -24.0,
+    "dtype": "float32",
 }  # fmt: skip
 PROMPTS, SAMPLES = 64, 2
 KEYS = ("reward/mean", "pool/size", "pool/best", "pool/worst")
@@ -34,9 +35,9 @@ KEYS = ("reward/mean", "pool/size", "pool/best", "pool/worst")
 
 def recipe(data: str) -> Recipe:
     """Quark from the small base model, and its measurement."""
-    policy = Quark(model="small-base", data=data, reward=GOLD, **NUMBERS)
+    policy = Quark(model="small-base", data=data, reward=SHORT, **NUMBERS)
     measured = EvaluateQuark(
-        policy=policy, reference="small-base", reward=GOLD, data=data, prompts=PROMPTS, samples=SAMPLES, max_new_tokens=24, dtype="float32"
+        policy=policy, reference="small-base", reward=SHORT, data=data, prompts=PROMPTS, samples=SAMPLES, max_new_tokens=24, dtype="float32"
     )  # fmt: skip
     return Recipe("quark", {"policy": policy, "evaluate": measured})
 

@@ -53,7 +53,7 @@ def write(lines: list[dict[str, Any]]) -> None:
         out.append(f"| {x['seed']} | {x['held']['start']['mean']:.3f} | {means} | {rho} | {kl} | {x['cpu']:.0f} |")
     out += [
         "",
-        "Mean gold totals on held-out prompts; token 0 is the best.",
+        "Mean scores (minus the number of words) on held-out prompts; token 0 is the best.",
         "",
         "![score by token and by exploration](../images/quark.png)",
         "",
@@ -76,7 +76,7 @@ def draw(lines: list[dict[str, Any]]) -> None:
         left.errorbar(range(len(rows)), x["bins"], [low, high], capsize=2, lw=1.2, label=f"seed {x['seed']}")
         right.plot([e["reward/mean"] for e in x["explorations"]], marker="o", ms=3, lw=1.2)
     left.set_xlabel("token given (0 the best)")
-    left.set_ylabel("mean gold total, held-out prompts")
+    left.set_ylabel("minus words, held-out prompts")
     right.set_xlabel("exploration (0: the start)")
     right.set_ylabel("mean score of new answers")
     left.legend(frameon=False, fontsize=8)
