@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from caches import own_cache
 from posttrain.cli import main
 from posttrain.errors import ConfigError
 from posttrain.stages import Reinforce
@@ -44,7 +45,7 @@ def test_what_an_anchor_can_not_stand_beside(given):
 
 def test_the_kl_is_to_a_reference_that_follows(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
+    own_cache(monkeypatch, tmp_path / "cache")
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "short.py").write_text("def score(prompt, answer):\n    return -float(len(answer))\n")
     found = {}

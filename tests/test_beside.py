@@ -9,6 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from caches import own_cache
 from posttrain.errors import ConfigError
 from posttrain.models.load import find_model
 from posttrain.models.lora import parameters
@@ -29,7 +30,7 @@ NUMBERS = {
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
+    own_cache(monkeypatch, tmp_path / "cache")
     return tmp_path
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from caches import own_cache
 from posttrain.cli import main
 from posttrain.cli_compare import gather_losses, prepared, read_loss, target
 from posttrain.cli_runs import SEPARATOR
@@ -31,7 +32,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setenv("POSTTRAIN_CACHE", str(folder / "cache"))
+        own_cache(patch, folder / "cache")
         (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
         yield folder
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from caches import own_cache
 from posttrain.cli import main
 from posttrain.models.load import find_model
 
@@ -18,7 +19,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dpo")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setenv("POSTTRAIN_CACHE", str(folder / "cache"))
+        own_cache(patch, folder / "cache")
         yield folder
 
 

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForSequenceClassification
 
+from caches import own_cache
 from data.conftest import smol
 from posttrain.cli import main
 from posttrain.data.chat import render_prompt, render_response
@@ -49,7 +50,7 @@ def folder(tmp_path_factory):
     (folder / "prompts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in asked))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setenv("POSTTRAIN_CACHE", str(folder / "cache"))
+        own_cache(patch, folder / "cache")
         assert main(["train", "ensemble", *TRAIN.split(), "shared", "--lora-rank", "4", "--rule", "minimum"]) == 0
         apart = ["--lora-rank", "0", "--share", "false", "--kind", "plackett_luce"]
         assert main(["train", "ensemble", *TRAIN.split(), "apart", *apart]) == 0

@@ -8,6 +8,7 @@ import re
 import pytest
 from rich.console import Console
 
+from caches import own_cache
 from posttrain.cli import main
 from posttrain.runner import run_recipe
 from posttrain.stages import Recipe, Reinforce, TrainReward
@@ -19,7 +20,7 @@ SMALL = {"model": "small", "data": "smallworld", "dtype": "float32"}
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
+    own_cache(monkeypatch, tmp_path / "cache")
     return tmp_path
 
 

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from caches import own_cache
 from posttrain.cli import main
 from posttrain.data import read
 from posttrain.data.smallworld import gold
@@ -17,7 +18,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("imitation")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setenv("POSTTRAIN_CACHE", str(folder / "cache"))
+        own_cache(patch, folder / "cache")
         yield folder
 
 

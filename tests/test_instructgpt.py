@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from caches import own_cache
 from posttrain.cli import main
 from posttrain.data import render_branch, render_prompt
 from posttrain.forest import Branch, Row
@@ -23,7 +24,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("main")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setenv("POSTTRAIN_CACHE", str(folder / "cache"))
+        own_cache(patch, folder / "cache")
         assert main(["run", "instructgpt", "--tiny"]) == 0
         times = {s: (folder / "runs/instructgpt-tiny" / s / "done.json").stat().st_mtime_ns for s in STAGES}
         assert main(["run", "instructgpt", "--tiny"]) == 0

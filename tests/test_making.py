@@ -8,6 +8,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
+from caches import own_cache
 from posttrain.cli import main
 from posttrain.data import read
 from posttrain.data.smallworld import gold
@@ -35,7 +36,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("making")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setenv("POSTTRAIN_CACHE", str(folder / "cache"))
+        own_cache(patch, folder / "cache")
         yield folder
 
 

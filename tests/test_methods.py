@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from caches import own_cache
 from posttrain.cli import main
 from posttrain.losses import find_loss, preference
 from posttrain.losses.preference import dpo
@@ -40,7 +41,7 @@ def folder(tmp_path_factory):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setenv("POSTTRAIN_CACHE", str(folder / "cache"))
+        own_cache(patch, folder / "cache")
         yield folder
 
 

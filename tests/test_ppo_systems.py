@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from caches import own_cache
 from posttrain.cli import main
 from posttrain.registry import METHODS, RECIPES
 
@@ -13,7 +14,7 @@ from posttrain.registry import METHODS, RECIPES
 def test_chatglm_starts_at_zero_and_keeps_old_answers(tmp_path, monkeypatch):
     """Rewards relative to the start, text beside the samples, the step within the backward pass, up to the stage that trains."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
+    own_cache(monkeypatch, tmp_path / "cache")
     small = "--until reinforce --sft.limit 16 --sft.epochs 1 --reward.epochs 1 --reward_unseen.epochs 0.1 --reinforce.steps 4"
     assert main(["run", "chatglm_rlhf", "--tiny", *small.split()]) == 0
     place = tmp_path / "runs/chatglm_rlhf-tiny/reinforce"

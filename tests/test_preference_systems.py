@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from caches import own_cache
 from posttrain.cli import main
 from posttrain.forest import Branch, Row
 from posttrain.models.load import find_model, load_policy
@@ -21,7 +22,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("systems")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setenv("POSTTRAIN_CACHE", str(folder / "cache"))
+        own_cache(patch, folder / "cache")
         yield folder
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from caches import own_cache
 from posttrain.cli import main
 from posttrain.errors import ConfigError
 from posttrain.registry import METHODS
@@ -25,7 +26,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quark")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setenv("POSTTRAIN_CACHE", str(folder / "cache"))
+        own_cache(patch, folder / "cache")
         yield folder
 
 

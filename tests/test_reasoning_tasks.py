@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from caches import own_cache
 from posttrain.cli import main
 from posttrain.data import read, reasoning
 from posttrain.data.reasoning import KEY, parse_task, score, write_task
@@ -22,7 +23,7 @@ SMALL = [
 
 @pytest.fixture(autouse=True)
 def cache(here, monkeypatch):
-    monkeypatch.setenv("POSTTRAIN_CACHE", str(here / "cache"))
+    own_cache(monkeypatch, here / "cache")
     return here / "cache"
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from caches import own_cache
 from data.conftest import smol
 from posttrain.data import read
 from posttrain.graph import override
@@ -115,7 +116,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reward systems")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setenv("POSTTRAIN_CACHE", str(folder / "cache"))
+        own_cache(patch, folder / "cache")
         yield folder
 
 

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from caches import own_cache
 from posttrain.data import read
 from posttrain.errors import ConfigError, ModelError
 from posttrain.graph import ordered, override
@@ -74,7 +75,7 @@ def run(recipe, root, name=None):
 def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rounds")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("POSTTRAIN_CACHE", str(folder / "cache"))
+        own_cache(patch, folder / "cache")
         yield folder / "runs"
 
 

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from caches import own_cache
 from posttrain.cli import main
 from posttrain.data import read, smallworld_safety
 from posttrain.errors import ConfigError, ModelError
@@ -33,7 +34,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("safe")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setenv("POSTTRAIN_CACHE", str(folder / "cache"))
+        own_cache(patch, folder / "cache")
         yield folder
 
 

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from caches import own_cache
 from posttrain.cli import main
 from posttrain.data.judged_rows import asked
 from posttrain.data.load import read
@@ -61,7 +62,7 @@ def folder(tmp_path_factory):
     (folder / "rankings.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setenv("POSTTRAIN_CACHE", str(folder / "cache"))
+        own_cache(patch, folder / "cache")
         yield folder
 
 

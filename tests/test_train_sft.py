@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from caches import own_cache
 from posttrain.cli import main
 from posttrain.data import demonstration_rows
 from posttrain.errors import DataError
@@ -26,7 +27,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sft")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setenv("POSTTRAIN_CACHE", str(folder / "cache"))
+        own_cache(patch, folder / "cache")
         shutil.copytree(find_model("small").path, folder / "stripping")
         (folder / "stripping/chat_template.jinja").write_text(STRIPS)
         roles = ("user", "assistant", "user", "assistant")

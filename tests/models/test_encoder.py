@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
 
+from caches import own_cache
 from data.conftest import byte_level
 from posttrain.cli import main
 from posttrain.data.load import read
@@ -37,7 +38,7 @@ def folder(tmp_path_factory):
     tokenizer.save_pretrained(folder / "bert")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setenv("POSTTRAIN_CACHE", str(folder / "cache"))
+        own_cache(patch, folder / "cache")
         yield folder
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import threading
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -191,8 +192,8 @@ def test_requests_that_come_together_are_scored_together(panel):
     ready, batches = threading.Event(), []
 
     def slow(examples, truncated):
-        ready.wait(10)
         batches.append(len(examples))
+        ready.wait(10)
         return [[float(len(r.text)) for r in e.responses] for e in examples]
 
     server = Server(slow, token=TOKEN)
@@ -207,8 +208,8 @@ def test_requests_that_come_together_are_scored_together(panel):
     workers = [threading.Thread(target=one, args=(t,)) for t in texts]
     for w in workers:
         w.start()
-    while server.jobs.qsize() + len(batches) < 7 and any(w.is_alive() for w in workers):
-        pass
+    while server.jobs.qsize() + sum(batches) < 8 and any(w.is_alive() for w in workers):
+        time.sleep(0.01)
     ready.set()
     for w in workers:
         w.join(20)

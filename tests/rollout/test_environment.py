@@ -9,6 +9,7 @@ import pytest
 import torch
 from tests.train.tiny import PROMPTS, STOPS, role
 
+from caches import own_cache
 from posttrain.cli import main
 from posttrain.data.chat import render
 from posttrain.data.smallworld_notes import demonstrations, prompts
@@ -238,7 +239,7 @@ def test_names_of_environments():
 
 
 def test_a_policy_in_an_environment_by_the_command_line(here, monkeypatch, capsys):
-    monkeypatch.setenv("POSTTRAIN_CACHE", str(here / "cache"))
+    own_cache(monkeypatch, here / "cache")
     monkeypatch.syspath_prepend(str(here))
     (here / "mine_env.py").write_text(
         "class Again:\n    tools, role, turns = (), 'user', 3\n"
